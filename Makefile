@@ -1,0 +1,37 @@
+# Two commands: `make train` meta-trains the quickstart and compares it with tuned AdamW, `make test` runs all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test test-all lint format clean
+
+train: .venv/.installed
+	@$(BIN)/lopt-train quickstart
+
+test: lint
+	@mkdir -p runs/tests
+	@$(BIN)/python -m pytest -n 2 --junitxml=runs/tests/junit.xml
+	@$(BIN)/python -m tests.closing
+
+test-all: lint
+	@mkdir -p runs/tests
+	@$(BIN)/python -m pytest -n 2 --slow --junitxml=runs/tests/junit.xml
+
+lint: .venv/.installed
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run make format"; exit 1; }
+	@$(BIN)/pyrefly check --summary=none
+
+format: .venv/.installed
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+# constraints.txt holds the versions that were tested; a user's own `pip install` is free of it.
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (about two minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv dist build .cache

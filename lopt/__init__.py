@@ -1,0 +1,38 @@
+"""Learned optimizers as optax transforms: `tx = lopt.load("quickstart", num_steps=1000)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lopt import rules as rules
+    from lopt.base import LearnedOptimizer as LearnedOptimizer
+    from lopt.pretrained import available as available
+    from lopt.pretrained import load as load
+    from lopt.pretrained import read as read
+    from lopt.pretrained import save as save
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that the command-line tools can import their light parts without JAX.
+_HOME = {
+    "LearnedOptimizer": "lopt.base",
+    "available": "lopt.pretrained",
+    "load": "lopt.pretrained",
+    "read": "lopt.pretrained",
+    "rules": "lopt.rules",
+    "save": "lopt.pretrained",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lopt' has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    return module if name == "rules" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,37 @@
+"""The one noun of this package: a `LearnedOptimizer` is an update rule with meta-parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+
+class LearnedOptimizer(NamedTuple):
+    """An update rule whose behaviour is set by meta-parameters theta.
+
+    Fields:
+      name: key of `lopt.rules.REGISTRY`.
+      settings: everything that changes the update besides theta (decays, multipliers, epsilons,
+        feature list …); JSON-serialisable, and enough to rebuild the rule: `rules.make(name, **settings)`.
+      needs: what an update must be given, a subset of {"value", "num_steps", "grad_fn"}.
+      init_theta: `key -> theta`, a pytree of float32 arrays; the key is consumed.
+      bind: `(theta, *, num_steps, lr, weight_decay, …) -> optax.GradientTransformationExtraArgs`. The
+        optax transform is the native form; differentiable in theta and vmappable over it.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    needs: frozenset[str]
+    init_theta: Callable[[Any], Any]
+    bind: Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def unknown(where: str, what: str, got: str, valid: Iterable[str]) -> ValueError:
+    """A ValueError that names the place, the value, the nearest valid choice and all of them."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(str(got), valid, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{where}: unknown {what} {got!r}.{hint} valid: {', '.join(valid) or '(none)'}.")

@@ -1,0 +1,77 @@
+"""What the command-line tools share: set-up of JAX on a CPU, progress with an ETA, errors of one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Report = Callable[[int, str], None]
+
+
+def prepare_jax() -> None:
+    """One host device a core and a persistent compilation cache; call before JAX is imported.
+
+    Settings the environment already has are left alone.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={cores}".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "lopt" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def span(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+@contextmanager
+def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> Iterator[Report]:
+    """Progress with an ETA: a bar on a terminal, else a line every `every` seconds.
+
+    Yields:
+      `report(done, note)`.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            bar = bars.add_task(what, total=total, completed=start, note="")
+            yield lambda done, note="": bars.update(bar, completed=done, note=note)
+        return
+    began, last = time.monotonic(), 0.0
+
+    def report(done: int, note: str = "") -> None:
+        nonlocal last
+        elapsed = time.monotonic() - began
+        if done >= total or elapsed - last >= every:
+            last = elapsed
+            left = elapsed / max(done - start, 1) * (total - done)
+            print(f"{what} {done}/{total}  {span(elapsed)}  ETA {span(left)}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield report
+
+
+def fail(message: object) -> int:
+    """Print one line of error; return the exit code of bad input."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2

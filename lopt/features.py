@@ -1,0 +1,202 @@
+"""Accumulators and normalised features shared by the rules, and the small network that reads them.
+
+Source: Metz et al. (2022), "Practical tradeoffs between memory, compute, and performance in learned
+optimizers", arXiv:2203.11860; factored second moments: Shazeer and Stern (2018), arXiv:1804.04235.
+
+Decays are a leading axis of length D. Factored statistics keep their reduced axis with length 1, so that
+every feature broadcasts to its tensor and none is materialised before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Array, Float
+
+TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+
+
+class Accumulators(NamedTuple):
+    """Moving averages of one tensor, all starting at 0, without bias correction."""
+
+    m: Float[Array, "D *shape"]  # EMA of the gradient, gradient units
+    v: Float[Array, " *shape"]  # EMA of the squared gradient
+    row: Float[Array, "D *row"]  # EMA of the mean of g² over the largest axis; rank < 2: EMA of g²
+    col: Float[Array, "D *col"] | None  # the same over the second largest axis; rank < 2: None
+
+
+class Factored(NamedTuple):
+    """Adafactor's rsqrt preconditioners of one tensor; gradient times row times col is of order 1."""
+
+    row: Float[Array, "D *row"]
+    col: Float[Array, "D *col"] | None
+
+
+def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
+    """(second largest, largest) axis by a stable sort, or None below rank 2."""
+    if len(shape) < 2:
+        return None
+    order = np.argsort(shape, kind="stable")
+    return int(order[-2]), int(order[-1])
+
+
+def init_accumulators(p: Array, decays: int, axes: tuple[int, int] | None) -> Accumulators:
+    """Zeros for a tensor of rank >= 1, with D = `decays` momenta and factored averages."""
+
+    def zeros(reduced: int | None) -> Array:
+        shape = [1 if i == reduced else n for i, n in enumerate(p.shape)]
+        return jnp.zeros((decays, *shape), p.dtype)
+
+    if axes is None:
+        return Accumulators(zeros(None), jnp.zeros_like(p), zeros(None), None)
+    second, largest = axes
+    return Accumulators(zeros(None), jnp.zeros_like(p), zeros(largest), zeros(second))
+
+
+def _ema(old: Array, new: Array, decay: Array) -> Array:
+    """decay · old + (1 - decay) · new, for D decays at once."""
+    d = decay.reshape((-1,) + (1,) * new.ndim).astype(new.dtype)
+    return d * old + (1 - d) * new[None]
+
+
+def accumulate(
+    acc: Accumulators, g: Array, axes: tuple[int, int] | None, *, m: Array, v: Array | float, factored: Array
+) -> Accumulators:
+    """One step of every moving average.
+
+    Args:
+      acc: the averages so far.
+      g: gradient of the tensor, rank >= 1.
+      axes: `factored_axes` of its shape.
+      m: [D] decays of the momenta.
+      v: decay of the second moment.
+      factored: [D] decays of the factored second moments.
+    """
+    square = g * g
+    second_moment = v * acc.v + (1 - v) * square
+    floored = square + 1e-30
+    if axes is None:
+        return Accumulators(_ema(acc.m, g, m), second_moment, _ema(acc.row, floored, factored), None)
+    second, largest = axes
+    assert acc.col is not None
+    row = _ema(acc.row, jnp.mean(floored, axis=largest, keepdims=True), factored)
+    col = _ema(acc.col, jnp.mean(floored, axis=second, keepdims=True), factored)
+    return Accumulators(_ema(acc.m, g, m), second_moment, row, col)
+
+
+def safe_rsqrt(x: Array) -> Array:
+    return jax.lax.rsqrt(jnp.maximum(x, 1e-9))
+
+
+def factors(acc: Accumulators, axes: tuple[int, int] | None) -> Factored:
+    """rsqrt(row / mean row) and rsqrt(col); rank < 2: rsqrt of the full average."""
+    if axes is None:
+        return Factored(safe_rsqrt(acc.row + 1e-9), None)
+    assert acc.col is not None
+    row_mean = jnp.mean(acc.row, axis=1 + axes[0], keepdims=True)
+    return Factored(safe_rsqrt(acc.row / (row_mean + 1e-9)), safe_rsqrt(acc.col))
+
+
+def factored_gradient(g: Array, f: Factored) -> list[Array]:
+    """The gradient preconditioned with each of the D factored averages."""
+    return [g * f.row[i] if f.col is None else g * f.row[i] * f.col[i] for i in range(f.row.shape[0])]
+
+
+def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
+    """The D momenta preconditioned with their factored average; rank < 2: m · rsqrt(average + eps)."""
+    if f.col is None:
+        return [m * jax.lax.rsqrt(row + eps) for m, row in zip(acc.m, acc.row, strict=True)]
+    return [m * r * c for m, r, c in zip(acc.m, f.row, f.col, strict=True)]
+
+
+def rsqrt_all(xs: Sequence[Array], eps: float) -> list[Array]:
+    return [jax.lax.rsqrt(x + eps) for x in xs]
+
+
+def time_features(count: Array) -> Float[Array, " 11"]:
+    """tanh(t/tau - 1), t the number of updates before this one."""
+    return jnp.tanh(count.astype(jnp.float32) / jnp.asarray(TIME_SCALES, jnp.float32) - 1)
+
+
+def rms_scales(features: Sequence[Array], eps: float, axes: tuple[int, ...] | None = None) -> list[Array]:
+    """1/sqrt(mean x² + eps) of each feature over `axes` (None: the whole tensor), kept as length-1 axes.
+
+    A factored feature is averaged over its own few elements: broadcasting does not change a mean.
+    """
+    return [jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) for x in features]
+
+
+class Layer(NamedTuple):
+    w: Float[Array, "fan_in fan_out"]
+    b: Float[Array, " fan_out"]
+
+
+def init_mlp(key: Array, sizes: Sequence[int]) -> tuple[Layer, ...]:
+    """Truncated-normal weights of std 1/sqrt(fan_in), zero biases; the key is consumed."""
+    keys = jax.random.split(key, len(sizes) - 1)
+    init = jax.nn.initializers.truncated_normal
+
+    def layer(k, n, m):
+        # jax truncates at ±2 without restoring the variance, which the published std is meant before
+        return Layer(init(1 / np.sqrt(n))(k, (n, m), jnp.float32), jnp.zeros((m,), jnp.float32))
+
+    return tuple(layer(k, n, m) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True))
+
+
+def linear(w: Array, features: Sequence[Array], shape: tuple[int, ...], constant: Array) -> Array:
+    """Sum of w [F + C] times F features, each broadcastable to `shape`, and C constants; an array of `shape`."""
+    n = len(features)
+    return _weighted_sum(w[:n], features, shape) + w[n:] @ constant
+
+
+def _weighted_sum(w: Array, features: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    """Features of equal shape are summed first, so factored ones cost what their few elements cost."""
+    by_shape: dict[tuple[int, ...], Array] = {}
+    for i, x in enumerate(features):
+        term = w[i] * x
+        by_shape[x.shape] = by_shape[x.shape] + term if x.shape in by_shape else term
+    return sum(jnp.broadcast_to(x, shape) for x in by_shape.values())  # pyrefly: ignore
+
+
+SCALAR_WIDTH = 8  # hidden widths up to here are computed as scalars × tensors, wider ones as matrix products
+
+
+def mlp(layers: Sequence[Layer], features: Sequence[Array], shape: tuple[int, ...], constant: Array | None) -> list[Array]:
+    """Apply a ReLU network to every element of a tensor.
+
+    Args:
+      layers: the network; the first rows of its first weight matrix belong to `features`, the others to
+        `constant`.
+      features: F arrays, each broadcastable to `shape`.
+      shape: of the tensor.
+      constant: [C] inputs that are the same for every element, or None.
+
+    Returns:
+      One array of `shape` an output unit.
+    """
+    first, *rest = layers
+    n = len(features)
+    bias = first.b if constant is None else first.b + constant @ first.w[n:]
+    if first.b.shape[0] <= SCALAR_WIDTH:
+        return _scalar_mlp(first.w[:n], bias, rest, features, shape)
+    stacked = jnp.stack([jnp.broadcast_to(x, shape).reshape(-1) for x in features])  # [F, elements]
+    h = first.w[:n].T @ stacked + bias[:, None]
+    for layer in rest:
+        h = layer.w.T @ jax.nn.relu(h) + layer.b[:, None]
+    return [x.reshape(shape) for x in h]
+
+
+def _scalar_mlp(w, bias, rest, features, shape) -> list[Array]:
+    """Scalars × tensors, which XLA fuses into a few elementwise loops: no feature stack, no tiny matrix products."""
+    units = [bias[j] + _weighted_sum(w[:, j], features, shape) for j in range(bias.shape[0])]
+    for layer in rest:
+        units = [jax.nn.relu(x) for x in units]
+        units = [sum(x * layer.w[i, j] for i, x in enumerate(units)) + layer.b[j] for j in range(layer.b.shape[0])]
+    return units

@@ -1,0 +1,186 @@
+"""Released weights: find, read, load and save artifacts.
+
+An artifact is a folder: `model.safetensors` (theta), `config.json` (format version, rule, every setting,
+bind defaults, sha256 of the weights, where they come from) and `README.md` (the card).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as dump_safetensors
+
+from lopt import rules
+from lopt.base import LearnedOptimizer, unknown
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+DEFAULT = "quickstart"
+
+
+def _zoo() -> Path:
+    """The folder of shipped artifacts: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_checkpoints"
+    return installed if installed.is_dir() else package.parent / "checkpoints"
+
+
+def available() -> list[str]:
+    """Names that `load` knows."""
+    return sorted(path.parent.name for path in _zoo().glob(f"*/{CONFIG}"))
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """Folder of a shipped name or of a path. Raises ValueError listing the known names, the nearest first."""
+    known = available()
+    if str(name) in known:
+        return _zoo() / str(name)
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.name != str(name):
+        raise ValueError(f"lopt.load: {str(name)!r} is neither a folder nor a shipped name; valid: {', '.join(known)}.")
+    raise unknown("lopt.load", "optimizer (and no such folder)", str(name), known)
+
+
+def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]:
+    """The rule and theta of a shipped name or an artifact folder.
+
+    Raises:
+      ValueError: naming the file and the reason, if one is missing, damaged or does not fit its rule.
+    """
+    folder = find(name)
+    config = _read_config(folder)
+    rule = rules.make(config["rule"], **config["settings"])
+    weights = _read_bytes(folder / WEIGHTS)
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != config["sha256"]:
+        raise ValueError(
+            f"lopt.load: {folder / WEIGHTS} is damaged: sha256 {digest[:12]}…, {CONFIG} says {config['sha256'][:12]}…."
+        )
+    try:
+        arrays = parse_safetensors(weights)
+    except SafetensorError as e:
+        raise ValueError(f"lopt.load: {folder / WEIGHTS} is not a safetensors file: {e}.") from e
+    return rule, _into_theta(rule, arrays, folder / WEIGHTS)
+
+
+def load(name: str | os.PathLike[str] = DEFAULT, **bind: Any) -> optax.GradientTransformationExtraArgs:
+    """A pretrained optimizer as an optax transform.
+
+    Args:
+      name: a shipped name (`lopt.available()`) or the folder of an artifact or a run.
+      **bind: `num_steps` (horizon in updates), `lr` (factor of every step; the rule's own default is
+        what it was meta-trained with), `weight_decay`, `schedule`, `labels`, `nonfinite`: the keywords of
+        `LearnedOptimizer.bind`.
+
+    Raises:
+      ValueError: if the name is unknown, a file is missing or damaged, or an argument is wrong.
+
+    >>> import lopt, jax.numpy as jnp, optax
+    >>> tx = lopt.load("quickstart", num_steps=1000)
+    >>> params = {"w": jnp.ones((2, 3))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].shape
+    (2, 3)
+    """
+    rule, theta = read(name)
+    return rule.bind(theta, **bind)
+
+
+def save(
+    folder: str | os.PathLike[str], rule: LearnedOptimizer, theta: Any, *, provenance: Mapping[str, Any], card: str
+) -> Path:
+    """Write an artifact. Existing files of these names are replaced, each atomically.
+
+    Args:
+      folder: created if need be.
+      rule: the update rule; all of its settings are stored.
+      theta: its meta-parameters.
+      provenance: how they came to be (run config, seed, command, versions); JSON-serialisable.
+      card: Markdown for people.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dump_safetensors({name: np.asarray(x) for name, x in named_leaves(theta).items()})
+    config = dict(
+        format_version=FORMAT_VERSION,
+        rule=rule.name,
+        settings=dict(rule.settings),
+        needs=sorted(rule.needs),
+        meta_parameters=sum(int(np.size(x)) for x in jax.tree.leaves(theta)),
+        sha256=hashlib.sha256(weights).hexdigest(),
+        provenance=dict(provenance),
+    )
+    for file, content in (
+        (WEIGHTS, weights),
+        (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
+        (CARD, card.encode()),
+    ):
+        partial = folder / f".{file}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / file)
+    return folder
+
+
+def named_leaves(theta: Any) -> dict[str, Any]:
+    """Leaves by their dotted path, e.g. "mlp.0.w"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(theta)
+    }
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ValueError(f"lopt.load: {path} cannot be read: {e.strerror}.") from e
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(_read_bytes(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"lopt.load: {path} is damaged: {e}.") from e
+    missing = {"format_version", "rule", "settings", "sha256"} - set(config if isinstance(config, dict) else ())
+    if missing:
+        raise ValueError(f"lopt.load: {path} is not an artifact's config: no {', '.join(sorted(missing))}.")
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"lopt.load: {path} has format_version {config['format_version']}, this lopt reads {FORMAT_VERSION}: "
+            "install a newer lopt."
+        )
+    return config
+
+
+def _into_theta(rule: LearnedOptimizer, arrays: Mapping[str, np.ndarray], path: Path) -> Any:
+    """Arrays by name into the rule's own structure, checked against its shapes."""
+    template = jax.eval_shape(rule.init_theta, jax.random.key(0))
+    expected = named_leaves(template)
+    if set(arrays) != set(expected):
+        raise ValueError(
+            f"lopt.load: {path} does not fit rule {rule.name!r}: "
+            f"missing {sorted(set(expected) - set(arrays))}, unexpected {sorted(set(arrays) - set(expected))}."
+        )
+    for name, like in expected.items():
+        if arrays[name].shape != like.shape or not np.issubdtype(arrays[name].dtype, np.floating):
+            raise ValueError(
+                f"lopt.load: {path}: {name!r} is {arrays[name].dtype}{list(arrays[name].shape)}, "
+                f"rule {rule.name!r} has {like.dtype}{list(like.shape)}."
+            )
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"lopt.load: {path}: {name!r} is not finite.")
+    leaves = [jax.numpy.asarray(arrays[name], like.dtype) for name, like in expected.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -1,0 +1,26 @@
+"""Update rules: one paper, one file. `make(name, **settings)` builds one; `REGISTRY` lists them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from lopt.base import LearnedOptimizer, unknown
+
+REGISTRY: dict[str, str] = {
+    "celo2": "lopt.rules.celo2",
+    "small_fc": "lopt.rules.small_fc",
+    "tiny": "lopt.rules.tiny",
+}
+
+
+def make(name: str, **settings) -> LearnedOptimizer:
+    """Build a registered rule. Raises ValueError naming the nearest valid rule or setting."""
+    if name not in REGISTRY:
+        raise unknown("lopt.rules.make", "rule", name, REGISTRY)
+    factory = getattr(importlib.import_module(REGISTRY[name]), name)
+    valid = inspect.signature(factory).parameters
+    for key in settings:
+        if key not in valid:
+            raise unknown(f"lopt.rules.make: {name}", "setting", key, valid)
+    return factory(**settings)

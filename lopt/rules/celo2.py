@@ -1,0 +1,173 @@
+"""Celo2: a tiny MLP gives the direction, normalisation the size; AdamW for what is not a matrix.
+
+Source: Moudgil et al. (2026), arXiv:2602.19142. Newton–Schulz: Jordan et al. (2024), Muon.
+
+Differs from the paper: `weight_decay` is decoupled and multiplied by `lr` for every tensor; with
+`compat="pylo"` tensors under AdamW are decayed by lr · adam_lr_mult, as in PyLO.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt import features as F
+from lopt.base import LearnedOptimizer, unknown
+from lopt.transform import Arithmetic, Leaf, clip_global_norm, define, per_leaf
+
+MOMENTUM = (0.9, 0.99, 0.999)
+FACTORED = (0.9, 0.99, 0.999)
+INPUTS = 30
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Theta(NamedTuple):
+    mlp: tuple[F.Layer, ...]
+
+
+class Adam(NamedTuple):
+    """Moments of a tensor that AdamW updates."""
+
+    m: jax.Array  # like the tensor; EMA of the gradient
+    v: jax.Array  # like the tensor; EMA of the squared gradient
+
+
+def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, eps: float) -> list[jax.Array]:
+    """VeLO's 30 inputs before normalisation; tensors of rank 1 have the first 15."""
+    inv = jax.lax.rsqrt(acc.v + eps)
+    f = F.factors(acc, axes)
+    xs = [g, jnp.clip(g, -0.1, 0.1), p, *acc.m, acc.v, *(m * inv for m in acc.m), inv]
+    xs += [*F.factored_gradient(g, f), g * inv]
+    if acc.col is None:
+        return xs
+    row, col = list(acc.row), list(acc.col)
+    return [*xs, *row, *col, *F.rsqrt_all(row, 1e-8), *F.rsqrt_all(col, 1e-8), *F.factored_momenta(acc, f, eps=0.0)]
+
+
+def orthogonalize(x: jax.Array, iterations: int = 5) -> jax.Array:
+    """Newton–Schulz on the last two axes: singular values are driven towards 1."""
+    transpose = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if transpose else x
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return jnp.swapaxes(x, -1, -2) if transpose else x
+
+
+def celo2(
+    *,
+    hidden: int = 8,
+    exp_mult: float = 0.0,
+    second_moment: float = 0.95,
+    rsqrt_eps: float = 1e-8,
+    newton_schulz: bool = True,
+    rms_mult: float = 1.0,
+    param_scale: bool = False,
+    adam: bool = True,
+    adam_lr_mult: float = 1.0,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    clip_norm: float | None = None,
+    compat: str = "",
+) -> LearnedOptimizer:
+    """Build the rule.
+
+    Args:
+      hidden: width of both hidden layers (8: 347 meta-parameters).
+      exp_mult: scale of the magnitude output inside its exponential; 0 leaves the output unused, as published.
+      second_moment: decay of the second moment.
+      rsqrt_eps: added to the second moment under its root.
+      newton_schulz: orthogonalise the direction of tensors of rank >= 2 over their last two axes.
+      rms_mult: root mean square of a direction (over the last two axes).
+      param_scale: multiply the direction by the tensor's own root mean square before Newton–Schulz.
+      adam: AdamW for tensors of rank < 2 and those labelled "embedding" or "output"; False: the learned
+        rule for all.
+      adam_lr_mult: AdamW's learning rate as a multiple of `lr`.
+      adam_b1: decay of AdamW's first moment.
+      adam_b2: decay of AdamW's second moment.
+      clip_norm: gradients are scaled to at most this global norm, or None.
+      compat: "" or "pylo" (AdamW's decay is multiplied by adam_lr_mult).
+
+    `lr` defaults to .01.
+
+    Raises:
+      ValueError: on an argument out of range.
+    """
+    if hidden < 1:
+        raise ValueError(f"celo2: hidden, got {hidden}; valid: >= 1.")
+    if not 0 <= second_moment < 1:
+        raise ValueError(f"celo2: second_moment, got {second_moment}; valid: [0, 1).")
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"celo2: clip_norm, got {clip_norm}; valid: > 0 or None.")
+    if compat not in ("", "pylo"):
+        raise unknown("celo2", "compat", compat, ("", "pylo"))
+
+    def under_adam(leaf: Leaf) -> bool:
+        return adam and (len(leaf.shape) < 2 or bool(leaf.labels & {"embedding", "output"}))
+
+    def init_theta(key: jax.Array) -> Theta:
+        return Theta(F.init_mlp(key, (INPUTS, hidden, hidden, 3)))
+
+    def init_leaf(leaf: Leaf, p: jax.Array) -> Adam | F.Accumulators:
+        if under_adam(leaf):
+            return Adam(jnp.zeros_like(p), jnp.zeros_like(p))
+        return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+
+    def adam_direction(g, state, count):
+        t = (count + 1).astype(g.dtype)
+        state = Adam(adam_b1 * state.m + (1 - adam_b1) * g, adam_b2 * state.v + (1 - adam_b2) * g * g)
+        m_hat, v_hat = state.m / (1 - adam_b1**t), state.v / (1 - adam_b2**t)
+        return adam_lr_mult * m_hat / (jnp.sqrt(v_hat) + 1e-8), state
+
+    def arithmetic(theta: Theta) -> Arithmetic:
+        def update_leaf(leaf, g, state, p, told):
+            if under_adam(leaf):
+                return adam_direction(g, state, told.count)
+            axes = F.factored_axes(leaf.shape)
+            acc = F.accumulate(
+                state, g, axes, m=jnp.asarray(MOMENTUM), v=second_moment, factored=jnp.asarray(FACTORED)
+            )
+            last_two = tuple(range(max(0, g.ndim - 2), g.ndim))
+            xs = inputs(acc, g, p, axes, rsqrt_eps)
+            xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-9, last_two), strict=True)]
+            direction, magnitude, _ = F.mlp(theta.mlp, xs, g.shape, None)
+            direction = direction * jnp.exp(magnitude * exp_mult)
+            if param_scale:
+                direction = direction * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+            if newton_schulz and g.ndim >= 2:
+                direction = orthogonalize(direction)
+            return direction * F.rms_scales([direction], 1e-9, last_two)[0] * rms_mult, acc
+
+        each = per_leaf(update_leaf)
+
+        def update(leaves, grads, states, params, shared, told):
+            if clip_norm is not None:
+                grads = clip_global_norm(grads, clip_norm)
+            grads = [jnp.clip(g, -1000.0, 1000.0) for g in grads]
+            return each(leaves, grads, states, params, shared, told)
+
+        def decay_mult(leaf: Leaf) -> float:
+            return adam_lr_mult if compat == "pylo" and under_adam(leaf) else 1.0
+
+        return Arithmetic(init_leaf, update, decay_mult=decay_mult)
+
+    settings = dict(
+        hidden=hidden,
+        exp_mult=exp_mult,
+        second_moment=second_moment,
+        rsqrt_eps=rsqrt_eps,
+        newton_schulz=newton_schulz,
+        rms_mult=rms_mult,
+        param_scale=param_scale,
+        adam=adam,
+        adam_lr_mult=adam_lr_mult,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        clip_norm=clip_norm,
+        compat=compat,
+    )
+    return define("celo2", settings, init_theta, arithmetic, lr=0.01)

@@ -1,0 +1,113 @@
+"""small_fc (AdaFac-MLP): a tiny MLP on 39 features of each parameter.
+
+Source: Metz et al. (2022), "Practical tradeoffs between memory, compute, and performance in learned
+optimizers", arXiv:2203.11860; its PyTorch form: Janson et al. (2025), PyLO, arXiv:2506.10315.
+
+Differs from the paper: `weight_decay` is decoupled and multiplied by `lr`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt import features as F
+from lopt.base import LearnedOptimizer, unknown
+from lopt.transform import Arithmetic, define, per_leaf
+
+MOMENTUM = (0.9, 0.99, 0.999)
+SECOND_MOMENT = (0.999,)
+FACTORED = (0.9, 0.99, 0.999)
+FEATURES = 28  # per element; 11 time features are added
+
+
+class DecayOffsets(NamedTuple):
+    """Learned shifts of x = log(1 - decay)/10."""
+
+    m: jax.Array  # [3]
+    v: jax.Array  # [1]
+    factored: jax.Array  # [3]
+
+
+class Theta(NamedTuple):
+    mlp: tuple[F.Layer, ...]
+    decays: DecayOffsets | None  # None where the rule's decays are fixed
+
+
+def decay_at(initial: tuple[float, ...], offset: jax.Array | None) -> jax.Array:
+    """The decays that learned offsets give: 1 - exp(10 x), x = log(1 - initial)/10 + offset, within [0, 1]."""
+    if offset is None:
+        return jnp.asarray(initial, jnp.float32)
+    x = np.log1p(-np.asarray(initial)) / 10
+    return jnp.clip(1 - jnp.exp(10 * (x.astype(np.float32) + offset)), 0.0, 1.0)
+
+
+def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None) -> list[jax.Array]:
+    """The 28 inputs in their published order, before normalisation."""
+    inv = jax.lax.rsqrt(acc.v + 1e-6)
+    f = F.factors(acc, axes)
+    row = list(acc.row)
+    col = row if acc.col is None else list(acc.col)
+    return [
+        *(g, p, *acc.m, acc.v),
+        *(m * inv for m in acc.m),
+        inv,
+        *F.factored_gradient(g, f),
+        *(*row, *col, *F.rsqrt_all(row, 1e-8), *F.rsqrt_all(col, 1e-8)),
+        *F.factored_momenta(acc, f, eps=1e-6),
+    ]
+
+
+def small_fc(
+    *, hidden: int = 4, step_mult: float = 1e-3, exp_mult: float = 1e-3, learned_decays: bool = True, compat: str = ""
+) -> LearnedOptimizer:
+    """Build the rule.
+
+    Args:
+      hidden: width of both hidden layers; 4 in the paper (197 meta-parameters), 32 in µLO and PyLO (2,409).
+      step_mult: size of a step of direction 1; .001 in the paper, .01 in PyLO and µLO.
+      exp_mult: scale of the magnitude output inside its exponential.
+      learned_decays: whether the 7 decays are meta-parameters.
+      compat: "" or "pylo" (weight decay applied to the already moved parameters).
+
+    Raises:
+      ValueError: on an argument out of range.
+    """
+    if hidden < 1:
+        raise ValueError(f"small_fc: hidden, got {hidden}; valid: >= 1.")
+    if compat not in ("", "pylo"):
+        raise unknown("small_fc", "compat", compat, ("", "pylo"))
+
+    def init_theta(key: jax.Array) -> Theta:
+        layers = F.init_mlp(key, (FEATURES + len(F.TIME_SCALES), hidden, hidden, 2))
+        offsets = DecayOffsets(jnp.zeros(3), jnp.zeros(1), jnp.zeros(3)) if learned_decays else None
+        return Theta(layers, offsets)
+
+    def arithmetic(theta: Theta) -> Arithmetic:
+        offsets = theta.decays or DecayOffsets(None, None, None)
+        decays = dict(
+            m=decay_at(MOMENTUM, offsets.m),
+            v=decay_at(SECOND_MOMENT, offsets.v)[0],
+            factored=decay_at(FACTORED, offsets.factored),
+        )
+
+        def init_leaf(leaf, p):
+            return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+
+        def update_leaf(leaf, g, acc, p, told):
+            axes = F.factored_axes(leaf.shape)
+            acc = F.accumulate(acc, g, axes, **decays)
+            xs = inputs(acc, g, p, axes)
+            xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
+            direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
+            return direction * jnp.exp(magnitude * exp_mult) * step_mult, acc
+
+        return Arithmetic(init_leaf, per_leaf(update_leaf))
+
+    settings = dict(
+        hidden=hidden, step_mult=step_mult, exp_mult=exp_mult, learned_decays=learned_decays, compat=compat
+    )
+    return define("small_fc", settings, init_theta, arithmetic, decay_after=compat == "pylo")

@@ -1,0 +1,100 @@
+"""tiny: a Celo2-like direction of fixed size, scaled by the tensor and a cosine over the horizon.
+
+Source: ours, after Moudgil et al. (2026), Celo2, arXiv:2602.19142. The only thing a user says is `num_steps`.
+
+Differs from Celo2: momenta are bias-corrected, features include the time, each is clipped after
+normalisation, a linear skip connection starts at the hand-set direction m·rsqrt(v), and a step is
+step_mult · exp(log_step) · schedule(t/T) · max(rms(p), min_rms) long in root mean square, so no learning rate is
+needed and every tensor, of whatever rank, goes through the network.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt import features as F
+from lopt.base import LearnedOptimizer
+from lopt.transform import Arithmetic, define, per_leaf
+
+MOMENTUM = (0.9, 0.99, 0.999)
+SECOND_MOMENT = 0.98
+INPUTS = 17  # per element; t/T and log t are added
+HAND_SET = 6  # the input m·rsqrt(v) of decay .9
+
+
+class Theta(NamedTuple):
+    mlp: tuple[F.Layer, ...]
+    skip: jax.Array  # [19] the direction's linear part; starts at the momentum of decay .9 times rsqrt(v)
+    log_step: jax.Array  # () natural logarithm of a factor of step_mult; starts at 0
+
+
+def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, count: jax.Array) -> list[jax.Array]:
+    """The 17 inputs before normalisation. Averages are bias-corrected here, so acc.row has one decay."""
+    t = (count + 1).astype(g.dtype)
+    momenta = [m / (1 - d**t) for m, d in zip(acc.m, MOMENTUM, strict=True)]
+    correction = 1 / (1 - SECOND_MOMENT**t)
+    v = acc.v * correction + 1e-16
+    f = F.factors(acc._replace(row=acc.row * correction, col=None if acc.col is None else acc.col * correction), axes)
+    row = f.row[0]
+    col = jnp.ones_like(row) if f.col is None else f.col[0]
+    inv = jax.lax.rsqrt(v)
+    return [
+        *momenta,
+        *(g, p, inv),
+        *(m * inv for m in momenta),
+        *(m * row for m in momenta),
+        *(g * col, row, g * inv, jnp.log(v) / 10, col),
+    ]
+
+
+def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, clip: float = 5.0) -> LearnedOptimizer:
+    """Build the rule.
+
+    Args:
+      hidden: width of both hidden layers (8: 261 meta-parameters).
+      step_mult: length of a step in units of the tensor's root mean square.
+      min_rms: the least root mean square a tensor is taken to have (biases start at 0).
+      clip: normalised features are clipped to ± this.
+
+    The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
+
+    Raises:
+      ValueError: on an argument out of range.
+    """
+    for key, value in dict(hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip).items():
+        if value <= 0:
+            raise ValueError(f"tiny: {key}, got {value}; valid: > 0.")
+
+    def init_theta(key: jax.Array) -> Theta:
+        *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))
+        # The hand-set direction alone at first: meta-training starts from an optimizer that works.
+        mlp = (*layers, last._replace(w=0.1 * last.w))
+        return Theta(mlp, jnp.zeros(INPUTS + 2).at[HAND_SET].set(1.0), jnp.zeros(()))
+
+    def init_leaf(leaf, p):
+        acc = F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+        return acc._replace(row=acc.row[:1], col=None if acc.col is None else acc.col[:1])
+
+    def arithmetic(theta: Theta) -> Arithmetic:
+        decays = dict(m=jnp.asarray(MOMENTUM), v=SECOND_MOMENT, factored=jnp.asarray((SECOND_MOMENT,)))
+
+        def update_leaf(leaf, g, acc, p, told):
+            axes = F.factored_axes(leaf.shape)
+            acc = F.accumulate(acc, g, axes, **decays)
+            xs = inputs(acc, g, p, axes, told.count)
+            xs = [jnp.clip(x * s, -clip, clip) for x, s in zip(xs, F.rms_scales(xs, 1e-12), strict=True)]
+            t = told.count.astype(jnp.float32)
+            time = jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7])
+            (direction,) = F.mlp(theta.mlp, xs, g.shape, time)
+            direction += F.linear(theta.skip, xs, g.shape, time)
+            unit = direction * F.rms_scales([direction], 1e-12)[0]
+            size = step_mult * jnp.exp(theta.log_step)
+            return size * jnp.maximum(jnp.sqrt(jnp.mean(p * p)), min_rms) * unit, acc
+
+        return Arithmetic(init_leaf, per_leaf(update_leaf))
+
+    settings = dict(hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
+    return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine")

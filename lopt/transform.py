@@ -1,0 +1,276 @@
+"""From per-tensor arithmetic to an optax transform: what every rule shares and no rule repeats.
+
+A rule is written on a list of float leaves of rank >= 1. This file turns it into a
+`optax.GradientTransformationExtraArgs`: None and masked leaves pass through, scalars act as shape (1,),
+low-precision parameters are computed in float32, a non-finite gradient skips its leaf, and `lr`,
+`weight_decay` and `schedule` mean the same for each rule: u = -lr · schedule(t) · (direction + weight_decay · p).
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt.base import LearnedOptimizer, unknown
+
+Schedule = Callable[[jax.Array, Any], Any]
+Labels = Callable[[str, Any], str | Iterable[str] | None] | None
+Nonfinite = Literal["skip_leaf", "skip_tree", "propagate"]
+LABELS = ("embedding", "output", "no_decay", "freeze")
+
+
+class Leaf(NamedTuple):
+    """What is known of a parameter tensor before it is traced."""
+
+    path: str  # "/"-joined key path, e.g. "layer0/w"
+    shape: tuple[int, ...]  # scalars are (1,)
+    labels: frozenset[str]
+
+
+class Told(NamedTuple):
+    """What an update is told besides gradients and parameters."""
+
+    count: jax.Array  # () int32, updates applied before this one
+    num_steps: Any  # horizon in updates: int, () array, or None
+    value: jax.Array | None  # () loss at the parameters, or None
+
+
+class State(NamedTuple):
+    """Optimizer state; every array is float32 (float64 for float64 parameters) but the counters."""
+
+    count: jax.Array  # () int32, updates so far
+    skipped: jax.Array  # () int32, leaf updates skipped because their gradient was not finite
+    leaves: Any  # like params: the rule's state of each tensor
+    shared: Any  # the rule's state across tensors, () if it has none
+
+
+class Arithmetic(NamedTuple):
+    """A rule on lists of leaves.
+
+    init_leaf: `(Leaf, p) -> state of the tensor`.
+    update: `(leaves, grads, states, params, shared, told) -> (directions, states, shared)`; parameters move
+      along minus the direction.
+    init_shared: `leaves -> state across tensors`.
+    decay_mult: `Leaf -> factor` of weight_decay, 1 unless an original's quirk is asked for.
+    """
+
+    init_leaf: Callable[[Leaf, jax.Array], Any]
+    update: Callable[..., tuple[list[Any], list[Any], Any]]
+    init_shared: Callable[[list[Leaf]], Any] = lambda leaves: ()
+    decay_mult: Callable[[Leaf], float] = lambda leaf: 1.0
+
+
+def per_leaf(update_leaf: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[list[Any], list[Any], Any]]:
+    """Lift `(leaf, g, state, p, told) -> (direction, state)` to the list form of `Arithmetic.update`."""
+
+    def update(leaves, grads, states, params, shared, told):
+        out = [update_leaf(*xs, told) for xs in zip(leaves, grads, states, params, strict=True)]
+        return [direction for direction, _ in out], [state for _, state in out], shared
+
+    return update
+
+
+def constant(count, num_steps):
+    return 1.0
+
+
+def cosine(count, num_steps):
+    """½(1 + cos(π t/T)), held at 0 past the horizon T = num_steps."""
+    if num_steps is None:
+        raise ValueError("schedule='cosine': num_steps is None; pass num_steps= (the horizon in updates).")
+    fraction = jnp.minimum(count / jnp.maximum(num_steps, 1), 1.0)
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * fraction))
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
+
+
+def define(
+    name: str,
+    settings: Mapping[str, Any],
+    init_theta: Callable[[jax.Array], Any],
+    arithmetic: Callable[[Any], Arithmetic],
+    *,
+    needs: Iterable[str] = (),
+    lr: float = 1.0,
+    schedule: str = "constant",
+    decay_after: bool = False,
+) -> LearnedOptimizer:
+    """The `LearnedOptimizer` of a rule; the last line of every rule's factory.
+
+    Args:
+      name: of the rule.
+      settings: see `LearnedOptimizer`.
+      init_theta: see `LearnedOptimizer`.
+      arithmetic: `theta -> Arithmetic`.
+      needs: see `LearnedOptimizer`.
+      lr: the rule's own default.
+      schedule: the rule's own default.
+      decay_after: decay the moved parameters, p ← (p + u)(1 - lr · weight_decay), as some originals do.
+    """
+    needed = frozenset(needs)
+    default_lr, default_schedule = lr, schedule
+
+    def bind(
+        theta: Any,
+        *,
+        num_steps: Any = None,
+        lr: Any = None,
+        weight_decay: Any = 0.0,
+        schedule: str | Schedule | None = None,
+        labels: Labels = None,
+        nonfinite: Nonfinite = "skip_leaf",
+    ) -> optax.GradientTransformationExtraArgs:
+        return as_optax(
+            name,
+            arithmetic(theta),
+            needs=needed,
+            num_steps=num_steps,
+            lr=default_lr if lr is None else lr,
+            weight_decay=weight_decay,
+            schedule=default_schedule if schedule is None else schedule,
+            labels=labels,
+            nonfinite=nonfinite,
+            decay_after=decay_after,
+        )
+
+    return LearnedOptimizer(name, settings, needed, init_theta, bind)
+
+
+def as_optax(
+    name: str,
+    rule: Arithmetic,
+    *,
+    needs: frozenset[str],
+    num_steps: Any,
+    lr: Any,
+    weight_decay: Any,
+    schedule: str | Schedule,
+    labels: Labels,
+    nonfinite: Nonfinite,
+    decay_after: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Make the optax transform of a rule whose theta is bound.
+
+    Args:
+      name: of the rule, for messages.
+      rule: its arithmetic.
+      needs: what the update demands ("value": the loss, passed as `value=`; "num_steps": the horizon).
+      num_steps: horizon in updates, static or traced, or None where the rule does not need one.
+      lr: multiplies the final direction; a number or a traced scalar.
+      weight_decay: decoupled, multiplied by lr and the schedule.
+      schedule: "constant", "cosine", or a function of (count, num_steps) returning a factor of lr.
+      labels: `(path, leaf) -> label(s)` out of LABELS, or None for nothing special.
+      nonfinite: what a NaN or infinite gradient element skips: its "skip_leaf", the "skip_tree", or
+        nothing ("propagate": the rule sees it).
+      decay_after: see `define`.
+
+    Raises:
+      ValueError: on a bad argument, naming it, its value and the valid choices.
+    """
+    where = f"lopt.rules.{name}"
+    if "num_steps" in needs and num_steps is None:
+        raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
+    if isinstance(num_steps, numbers.Number) and num_steps < 1:
+        raise ValueError(f"{where}: num_steps, got {num_steps}; valid: an integer >= 1.")
+    if isinstance(weight_decay, numbers.Number) and weight_decay < 0:
+        raise ValueError(f"{where}: weight_decay, got {weight_decay}; valid: >= 0.")
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise unknown(where, "schedule", schedule, SCHEDULES)
+        if schedule == "cosine" and num_steps is None:
+            raise ValueError(f"{where}: schedule='cosine' needs num_steps=<total updates>.")
+    if nonfinite not in ("skip_leaf", "skip_tree", "propagate"):
+        raise unknown(where, "nonfinite", nonfinite, ("skip_leaf", "skip_tree", "propagate"))
+    unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    decays = not (isinstance(weight_decay, numbers.Number) and weight_decay == 0)
+
+    def describe(params) -> list[Leaf | None]:
+        """One entry a leaf of params; None where nothing is to be done (frozen or empty leaves)."""
+        return [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
+
+    def init(params) -> State:
+        leaves, treedef = jax.tree.flatten(params)
+        about = describe(params)
+        states = [None if a is None else rule.init_leaf(a, _wide(p)) for a, p in zip(about, leaves, strict=True)]
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, zero, treedef.unflatten(states), rule.init_shared([a for a in about if a is not None]))
+
+    def update(updates, state, params=None, *, value=None, **extra_args):
+        del extra_args  # optax's convention: a transform ignores what it does not need
+        if params is None:
+            raise ValueError(f"{where}: update got params=None; call tx.update(grads, state, params).")
+        if "value" in needs and value is None:
+            raise ValueError(f"{where}: this rule needs the loss; call tx.update(grads, state, params, value=loss).")
+        p_leaves, treedef = jax.tree.flatten(params)
+        g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
+        about = describe(params)
+        live = [i for i, a in enumerate(about) if a is not None and g_leaves[i] is not None]
+        leaves = [about[i] for i in live]
+        p, g, s = [[xs[i] for i in live] for xs in ([_wide(x) for x in p_leaves], g_leaves, states)]
+        g = [_wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
+        ok = _finite(g, nonfinite)
+        if ok is not None:
+            g = [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)]
+        told = Told(state.count, num_steps, None if value is None else jnp.asarray(value, jnp.float32))
+        directions, new_s, shared = rule.update(leaves, g, s, p, state.shared, told)
+        rate = lr * unit_schedule(state.count, num_steps)
+        skipped = state.skipped
+        if ok is not None:
+            new_s = [jax.tree.map(lambda n, o, k=k: jnp.where(k, n, o), *ns) for k, *ns in zip(ok, new_s, s, strict=True)]
+            skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
+        out = [None if x is None else jnp.zeros_like(x) for x in p_leaves]
+        for j, i in enumerate(live):
+            step = -rate * directions[j]
+            if decays and "no_decay" not in leaves[j].labels:
+                decay = rate * weight_decay * rule.decay_mult(leaves[j])
+                step = step - decay * (p[j] + step if decay_after else p[j])
+            if ok is not None:
+                step = jnp.where(ok[j], step, 0.0)
+            out[i] = step.reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
+            states[i] = new_s[j]
+        return treedef.unflatten(out), State(state.count + 1, skipped, treedef.unflatten(states), shared)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(x: Any) -> jax.Array:
+    """At least float32, at least rank 1."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape or (1,))
+
+
+def _finite(grads: list[jax.Array], nonfinite: Nonfinite) -> list[jax.Array] | None:
+    """() bool a leaf: may it be updated? None: do not ask."""
+    if nonfinite == "propagate" or not grads:
+        return None
+    ok = [jnp.all(jnp.isfinite(g)) for g in grads]
+    return ok if nonfinite == "skip_leaf" else [jnp.all(jnp.stack(ok))] * len(ok)
+
+
+def _describe(where: str, path: Any, p: Any, labels: Any) -> Leaf | None:
+    """What is known of a leaf; None for a frozen or empty one. Raises on a label or dtype that has no meaning."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    got = labels(name, p) if labels is not None else None
+    got = frozenset((got,) if isinstance(got, str) else got or ())
+    for label in got - set(LABELS):
+        raise unknown(f"{where}: labels({name!r})", "label", label, LABELS)
+    if "freeze" in got:
+        return None
+    if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+        raise ValueError(
+            f"{where}: parameter {name!r} has dtype {jnp.result_type(p)}; valid: float leaves. "
+            "Label it 'freeze', or leave it out with optax.masked or optax.multi_transform."
+        )
+    return Leaf(name, jnp.shape(p) or (1,), got) if jnp.size(p) else None
+
+
+def clip_global_norm(grads: list[jax.Array], max_norm: float) -> list[jax.Array]:
+    """Scale all gradients so that their joint L2 norm is at most max_norm."""
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
+    return [g * (max_norm / jnp.maximum(norm, max_norm)) for g in grads]

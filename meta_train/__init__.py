@@ -1,0 +1,1 @@
+"""Meta-training: `lopt-train <config>`; the pieces are `inner`, `estimators`, `config`, `loop`."""

@@ -1,0 +1,93 @@
+"""What a finished run leaves for people: the weights with their card, and the picture of the meta-loss."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lopt
+from lopt.base import LearnedOptimizer
+from meta_train import config as cfg
+
+CARD = """# {name}
+
+A learned optimizer of the rule `{rule}`, {parameters} meta-parameters, meta-trained with lopt {version}.
+
+```python
+import lopt
+tx = lopt.load({name!r}, num_steps=1000)  # or the path of this folder
+```
+
+- needs: {needs}
+- meta-trained on: {groups}
+- {estimator}; horizons {low} to {high} inner steps; meta-loss on {meta_loss} batches
+- {meta_steps} meta-steps, seed {seed}; last meta-loss {loss}
+- reproduce: `lopt-train {name}` on JAX {jax}, {machine}
+- licence: Apache-2.0
+
+The resolved config is under `provenance` in config.json.
+"""
+
+
+def count(rule: LearnedOptimizer) -> int:
+    """Meta-parameters of a rule."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(rule.init_theta, jax.random.key(0))))
+
+
+def write(
+    folder: Path, run: cfg.Run, rule: LearnedOptimizer, theta: Any, *, meta_steps: int, metrics: Sequence[dict[str, float]]
+) -> Path:
+    """Save theta as an artifact with its card.
+
+    Args:
+      meta_steps: done so far.
+      metrics: of the run.
+    """
+    spec = run.estimator
+    card = CARD.format(
+        name=run.name,
+        rule=rule.name,
+        parameters=count(rule),
+        version=lopt.__version__,
+        needs=", ".join(sorted(rule.needs)) or "nothing but gradients",
+        groups="; ".join(f"{g.family} {json.dumps(g.settings)}" for g in run.groups),
+        estimator=f"{spec.name}, {spec.pairs} antithetic pairs, std {spec.std}, truncation {spec.truncation}",
+        low=run.horizon.low,
+        high=run.horizon.high,
+        meta_loss=run.meta_loss,
+        meta_steps=meta_steps,
+        seed=run.seed,
+        loss=f"{metrics[-1]['meta_loss']:.4f}" if metrics else "unknown",
+        jax=jax.__version__,
+        machine=f"{platform.machine()} {jax.default_backend()} × {jax.device_count()}",
+    )
+    provenance = dict(
+        run=run.to_json(), meta_steps=meta_steps, lopt=lopt.__version__, jax=jax.__version__, devices=jax.device_count()
+    )
+    return lopt.save(folder, rule, theta, provenance=provenance, card=card)
+
+
+def plot_meta_loss(path: Path, run: cfg.Run, metrics: Sequence[dict[str, float]]) -> None:
+    """Meta-loss against meta-steps, a line a group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [m["step"] for m in metrics]
+    styles = ("-", "--", ":", "-.")
+    for i, group in enumerate(run.groups):
+        axis.plot(steps, [m[f"meta_loss/{i}"] for m in metrics], styles[i % 4], lw=1, label=group.family)
+    axis.set(xlabel="meta-step", ylabel=f"meta-loss ({run.meta_loss} batches)", title=f"{run.name}: rule {run.rule}")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

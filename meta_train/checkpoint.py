@@ -1,0 +1,98 @@
+"""Checkpoints of a run: Orbax steps, each with a sha256 of its arrays.
+
+Orbax restores a flipped byte as wrong values without an error, so every step carries a digest of what was saved and
+`restore` walks back to the newest step that matches its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save on standard error
+
+
+def digest(tree: Any) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of the leaves."""
+    h = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        h.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        h.update(np.ascontiguousarray(array).tobytes())
+    return h.hexdigest()
+
+
+class Checkpoints:
+    """The steps of a run directory: the latest two and the best by meta-loss are kept."""
+
+    def __init__(self, directory: Path):
+        keep = policies.AnyPreservationPolicy(
+            [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def save(self, step: int, tree: Any, loss: float) -> None:
+        """Begin to save; the step counts once `close` or a later `save` returns."""
+        tree = _numpy(tree)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({"sha256": digest(tree)})
+        )
+        self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: Any) -> tuple[int, Any, list[str]]:
+        """The newest step that verifies.
+
+        Args:
+          like: a tree of the structure, shapes and dtypes saved.
+
+        Returns:
+          (step, tree of numpy arrays, a line about each newer step that was passed over); step -1 and `like` if there
+          is none.
+        """
+        skipped = []
+        shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _numpy(like))
+        for step in reversed(self.steps()):
+            try:
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_by_number(shapes)), seal=ocp.args.JsonRestore()
+                )
+                found = self._manager.restore(step, args=items)
+                leaves = [found["state"][key] for key in _by_number(shapes)]
+                tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+                if digest(tree) == found["seal"]["sha256"]:
+                    return step, tree, skipped
+                reason = "its sha256 differs from what was saved"
+            except Exception as e:  # a truncated or deleted file raises one of many kinds
+                reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
+            skipped.append(f"checkpoint {step} is damaged ({reason})")
+        return -1, like, skipped
+
+    def drop_after(self, step: int) -> None:
+        """Delete the steps newer than `step`: what resumes there will write them anew."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _numpy(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def _by_number(tree: Any) -> dict[str, Any]:
+    """Leaves by their number: no container type or name is left for Orbax to interpret."""
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}

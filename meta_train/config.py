@@ -1,0 +1,186 @@
+"""Run configs: frozen dataclasses that say everything a meta-training result depends on.
+
+A named config is a file in `configs/` whose `RUN` is a `Run`. Nothing here imports JAX, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+def _json_object(words: list[str]) -> dict[str, Any]:
+    """A JSON object of a command line. Raises ValueError."""
+    value = json.loads(words[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {words[0]!r}")
+    return value
+
+
+Settings = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_json_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
+def _require(ok: bool, where: str, got: Any, valid: str) -> None:
+    if not ok:
+        raise ValueError(f"{where}, got {got}; valid: {valid}.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tasks that share one compiled program."""
+
+    family: str  # of tasks.REGISTRY
+    settings: Settings = field(default_factory=dict)  # arguments of its factory
+    weight: float = 1.0  # of the group's gradient in the average
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"group {self.family}: weight", self.weight, "> 0")
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Horizons of inner runs are log-uniform integers in [low, high]."""
+
+    low: int = 100
+    high: int = 1000
+
+    def __post_init__(self) -> None:
+        _require(self.low >= 1, "horizon.low", self.low, ">= 1")
+        _require(self.high >= self.low, "horizon.high", self.high, f">= horizon.low = {self.low}")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the meta-gradient is estimated."""
+
+    name: str = "pes"  # of meta_train.estimators.REGISTRY
+    pairs: int = 8  # antithetic pairs a group
+    std: float = 0.01  # of the perturbation of theta
+    truncation: int = 50  # inner steps a window
+
+    def __post_init__(self) -> None:
+        _require(self.pairs >= 1, "estimator.pairs", self.pairs, ">= 1")
+        _require(self.std > 0, "estimator.std", self.std, "> 0")
+        _require(self.truncation >= 1, "estimator.truncation", self.truncation, ">= 1")
+
+
+@dataclass(frozen=True)
+class MetaOptimizer:
+    """Adam on theta: elementwise clip, warm-up, cosine."""
+
+    lr: float = 2e-3  # peak
+    final_lr: float = 1e-5
+    warmup: int = 100  # meta-steps
+    clip: float = 1.0  # each element of the meta-gradient is clipped to ± this
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "meta_optimizer.lr", self.lr, "> 0")
+        _require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
+        _require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
+        _require(self.clip > 0, "meta_optimizer.clip", self.clip, "> 0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a meta-training result depends on, and nothing it does not (no time, no place)."""
+
+    name: str
+    groups: tuple[Group, ...]
+    rule: str = "tiny"  # of lopt.rules.REGISTRY
+    rule_settings: Settings = field(default_factory=dict)  # arguments of its factory
+    estimator: Estimator = Estimator()
+    horizon: Horizon = Horizon()
+    meta_loss: str = "validation"  # measured on the "train" batch, a "fresh" one, or a "validation" batch
+    loss_limit: float = 3.0  # meta-losses above it count as this much
+    meta_optimizer: MetaOptimizer = MetaOptimizer()
+    meta_steps: int = 1000
+    seed: int = 0
+    log_every: int = 20  # meta-steps
+    checkpoint_every: int = 200  # meta-steps
+    compare: str = ""  # suite of `lopt-eval compare` to run at the end, or none
+
+    def __post_init__(self) -> None:
+        _require(len(self.groups) >= 1, "groups", self.groups, "one or more")
+        _require(self.loss_limit > 0, "loss_limit", self.loss_limit, "> 0")
+        _require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
+        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        _require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        k = self.estimator.truncation
+        _require(self.horizon.low >= k, "horizon.low", self.horizon.low, f">= estimator.truncation = {k}")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Run:
+        """Inverse of `to_json`. Raises ValueError naming the unknown or missing key."""
+        return _build(cls, tree, "config")
+
+
+def _build(kind: Any, tree: Any, where: str) -> Any:
+    """A dataclass from nested dicts and lists, refusing keys it does not have."""
+    _require(isinstance(tree, Mapping), where, repr(tree), "an object")
+    hints = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown key {key!r}.{hint} valid: {', '.join(hints)}.")
+    values = {}
+    for key, value in tree.items():
+        hint, here = hints[key], f"{where}.{key}"
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value, here)
+        elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
+            value = tuple(_build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))
+        elif hint in (int, float, str):
+            allowed = (int, float) if hint is float else (hint,)
+            _require(isinstance(value, allowed) and not isinstance(value, bool), here, repr(value), hint.__name__)
+        values[key] = value
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    _require(not missing, where, f"no {', '.join(missing)}", "all keys without a default")
+    return kind(**values)
+
+
+def named() -> dict[str, str]:
+    """Config name -> first line of its docstring."""
+    folder = Path(__file__).parent / "configs"
+    lines = {}
+    for path in sorted(folder.glob("*.py")):
+        if path.stem != "__init__":
+            lines[path.stem] = path.read_text().lstrip('"').split("\n", 1)[0].rstrip('"')
+    return lines
+
+
+def load(name: str) -> Run:
+    """A named config. Raises ValueError listing the names, the nearest first."""
+    names = named()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}.")
+    return importlib.import_module(f"meta_train.configs.{name}").RUN

@@ -1,0 +1,31 @@
+"""What every estimator returns, and how estimates of different devices become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Estimate(NamedTuple):
+    grad: Any  # like theta, of the mean meta-loss of an inner step
+    loss: jax.Array  # () mean meta-loss over particles and inner steps
+    diverged: jax.Array  # () int32, trajectories that diverged in this window
+    resets: jax.Array  # () int32, pairs that were reset in this window, divergence included
+
+    def across(self, axis: str) -> Estimate:
+        """The estimate over all devices of a mapped axis, each holding the same number of particles."""
+        mean, total = (lambda x: jax.lax.pmean(x, axis)), (lambda x: jax.lax.psum(x, axis))
+        return Estimate(jax.tree.map(mean, self.grad), mean(self.loss), total(self.diverged), total(self.resets))
+
+
+class Estimator(NamedTuple):
+    """`init(key, theta) -> state` and `estimate(key, theta, state) -> (Estimate, state)`.
+
+    Every array of the state has the particles as its leading axis, so that it can be sharded; a particle's
+    randomness comes from its global index in the state and from the key, not from where it lives.
+    """
+
+    init: Callable[[jax.Array, Any], Any]
+    estimate: Callable[[jax.Array, Any, Any], tuple[Estimate, Any]]

@@ -1,0 +1,274 @@
+"""A run: one jitted meta-step, the host loop around it, and the run directory it fills."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import tasks
+from lopt import rules
+from lopt.base import LearnedOptimizer, unknown
+from lopt.console import progress
+from meta_train import config as cfg
+from meta_train.checkpoint import Checkpoints
+from meta_train.estimators import REGISTRY as ESTIMATORS
+from meta_train.estimators.base import Estimate, Estimator
+from meta_train.inner import Horizon, make_inner
+from tasks.base import Task
+
+AXIS = "particles"
+
+
+class State(NamedTuple):
+    """What a meta-step changes and a checkpoint holds."""
+
+    step: jax.Array  # () int32, meta-steps done
+    theta: Any
+    opt: Any  # of the meta-optimizer
+    estimators: tuple[Any, ...]  # one a group, particles on the leading axis
+    skipped: jax.Array  # () int32, meta-steps whose gradient was not finite and was not applied
+
+
+class Program(NamedTuple):
+    """A run, compiled lazily.
+
+    Fields:
+      rule: that is meta-trained.
+      data: pytree of the groups' data, on every device.
+      init: `() -> State`.
+      meta_step: `(data, State) -> (State, metrics)`; State is donated; metrics are scalars by name.
+      place: puts a State of host arrays on the devices.
+      inner_steps: inner updates of one sign in one meta-step.
+    """
+
+    rule: LearnedOptimizer
+    data: tuple[Any, ...]
+    init: Callable[[], State]
+    meta_step: Callable[[tuple[Any, ...], State], tuple[State, dict[str, jax.Array]]]
+    place: Callable[[State], State]
+    inner_steps: int
+
+
+def meta_optimizer(spec: cfg.MetaOptimizer, meta_steps: int) -> optax.GradientTransformation:
+    """Adam with an elementwise clip and a warm-up cosine schedule."""
+    warmup = min(spec.warmup, meta_steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, spec.lr, warmup, meta_steps, spec.final_lr)
+    if warmup == 0:
+        schedule = optax.cosine_decay_schedule(spec.lr, meta_steps, spec.final_lr / spec.lr)
+    return optax.chain(optax.clip(spec.clip), optax.adam(schedule))
+
+
+def build(run: cfg.Run) -> Program:
+    """Resolve names and assemble the meta-step.
+
+    Raises:
+      ValueError: for an unknown rule, task, estimator or setting, a value out of range, or pairs that do not divide
+        over the devices.
+    """
+    rule = rules.make(run.rule, **run.rule_settings)
+    group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
+    if run.estimator.name not in ESTIMATORS:
+        raise unknown("config.estimator.name", "estimator", run.estimator.name, ESTIMATORS)
+    devices = jax.devices()[: _devices(run.estimator.pairs, jax.device_count())]
+    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
+    weights = [group.weight / sum(g.weight for g in run.groups) for group in run.groups]
+    seed = partial(jax.random.fold_in, jax.random.key(run.seed))
+
+    def estimator(task: Task, data: Any) -> Estimator:
+        horizon = Horizon(run.horizon.low, run.horizon.high)
+        inner = make_inner(
+            rule, task._replace(data=data), horizon=horizon, meta_loss=run.meta_loss, loss_limit=run.loss_limit
+        )
+        factory = getattr(importlib.import_module(ESTIMATORS[run.estimator.name]), run.estimator.name)
+        spec = run.estimator
+        return factory(inner, pairs=spec.pairs, std=spec.std, truncation=spec.truncation)
+
+    spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    layout = State(everywhere, everywhere, everywhere, spread, everywhere)
+
+    shardings = State(*(NamedSharding(mesh, part) for part in layout))
+    # Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both.
+    place = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
+
+    def init() -> State:
+        theta_key, *group_keys = jax.random.split(seed(0), 1 + len(group_tasks))
+        theta = rule.init_theta(theta_key)
+
+        @jax.jit
+        def particles(keys, data, theta):
+            each = zip(group_tasks, data, keys, strict=True)
+            return tuple(estimator(task, d).init(key, theta) for task, d, key in each)
+
+        states = particles(group_keys, tuple(task.data for task in group_tasks), theta)
+        zero = jnp.zeros((), jnp.int32)
+        return place(State(zero, theta, tx.init(theta), states, zero))
+
+    def local_estimates(data, step, theta, states) -> tuple[list[Estimate], tuple[Any, ...]]:
+        """Runs on every device with its share of the particles."""
+        key = jax.random.fold_in(seed(1), step)
+        out = [
+            estimator(task, d).estimate(jax.random.fold_in(key, i), theta, state)
+            for i, (task, d, state) in enumerate(zip(group_tasks, data, states, strict=True))
+        ]
+        return [estimate.across(AXIS) for estimate, _ in out], tuple(state for _, state in out)
+
+    estimates = jax.shard_map(
+        local_estimates,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, everywhere, spread),
+        out_specs=(everywhere, spread),
+        check_vma=False,
+    )
+
+    def meta_step(data, state: State) -> tuple[State, dict[str, jax.Array]]:
+        found, estimators = estimates(data, state.step, state.theta, state.estimators)
+        grad = jax.tree.map(lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *(e.grad for e in found))
+        norm = optax.global_norm(grad)
+        usable = jnp.isfinite(norm)
+        updates, opt = tx.update(grad, state.opt, state.theta)
+        theta, opt = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old),
+            (optax.apply_updates(state.theta, updates), opt),
+            (state.theta, state.opt),
+        )
+        skipped = state.skipped + (1 - usable.astype(jnp.int32))
+        metrics = {
+            "meta_loss": sum(w * e.loss for w, e in zip(weights, found, strict=True)),
+            "grad_norm": norm,
+            "diverged": sum(e.diverged for e in found),
+            "resets": sum(e.resets for e in found),
+            "skipped": skipped,
+            **{f"meta_loss/{i}": e.loss for i, e in enumerate(found)},
+        }
+        return State(state.step + 1, theta, opt, estimators, skipped), metrics
+
+    data = jax.device_put(tuple(task.data for task in group_tasks), NamedSharding(mesh, everywhere))
+    inner_steps = len(run.groups) * run.estimator.pairs * 2 * run.estimator.truncation
+    program = Program(rule, data, init, jax.jit(meta_step, donate_argnums=1), place, inner_steps)
+    jax.eval_shape(program.meta_step, data, jax.eval_shape(init))  # errors of settings surface before anything is written
+    return program
+
+
+def _devices(pairs: int, available: int) -> int:
+    """The largest number of devices over which the pairs divide evenly."""
+    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)
+
+
+class Log:
+    """metrics.jsonl, the record, and TensorBoard events, a view of it."""
+
+    def __init__(self, folder: Path, after: int):
+        """Cut the record back to meta-step `after`: later ones will be run again."""
+        from tensorboardX import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= after]
+        partial_path = folder / ".metrics.jsonl.partial"
+        partial_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial_path.replace(self._path)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def write(self, line: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self._events.add_scalar(name, value, int(line["step"]))
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Whole lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Turn SIGINT and SIGTERM into a question: the number of the signal that came, or 0. A second ctrl-C interrupts."""
+    came = 0
+
+    def note(number, frame):
+        nonlocal came
+        if came == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        came = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], None]) -> tuple[State, int]:
+    """Meta-train in a run directory from its newest good checkpoint, or from the start.
+
+    Returns:
+      (State, signal): signal is 0 when all meta-steps are done, else what stopped the run (everything is saved).
+    """
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = program.init()
+    at, saved, passed_over = checkpoints.restore(state)
+    for line in passed_over:
+        say(f"{line}; going back to an older one")
+    if at >= 0:
+        state = program.place(saved)
+        say(f"resuming at meta-step {at} of {run.meta_steps}")
+        checkpoints.drop_after(at)
+    at = max(at, 0)
+    log = Log(folder, after=at)
+    pending: list[dict[str, jax.Array]] = []
+    loss, since = float("inf"), time.monotonic()
+    with stop_requests() as stop, progress("meta-step", run.meta_steps, start=at) as report:
+        while at < run.meta_steps and not stop():
+            state, metrics = program.meta_step(program.data, state)
+            pending.append(metrics)
+            at += 1
+            # Waiting for the device only here keeps it busy in between.
+            if at % run.log_every == 0 or at == run.meta_steps:
+                line = _summary(jax.device_get(pending))
+                now = time.monotonic()
+                speed = len(pending) * program.inner_steps / (now - since)
+                pending, since, loss = [], now, line["meta_loss"]
+                log.write({"step": at, **line, "inner_steps_per_second": round(speed)})
+                report(at, f"meta-loss {loss:.3f}  {speed:,.0f} inner steps/s  diverged {line['diverged']:.0f}")
+            if at % run.checkpoint_every == 0 or at == run.meta_steps:
+                checkpoints.save(at, state, loss)
+    came = stop() if at < run.meta_steps else 0
+    if came and at not in checkpoints.steps():
+        checkpoints.save(at, state, loss)
+    checkpoints.close()
+    log.close()
+    return state, came
+
+
+def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
+    """Counts are summed over the window, `skipped` is a running total, the rest are means."""
+    line = {name: sum(float(m[name]) for m in window) / len(window) for name in window[0]}
+    for name in ("diverged", "resets"):
+        line[name] *= len(window)
+    line["skipped"] = float(window[-1]["skipped"])
+    return line

@@ -1,0 +1,98 @@
+"""Our rules against recorded trajectories of other implementations, step by step; and that the comparison can fail."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+
+from lopt import features as F
+from lopt.rules import celo2, small_fc
+
+
+@pytest.mark.parametrize("name", parity.CASES)
+def test_reduced_recording_is_reproduced(name):
+    assert parity.mismatch(name, parity.read(parity.fixture(name))) is None
+
+
+@pytest.mark.parametrize("name", parity.CASES)
+def test_full_recording_is_reproduced(name, shared):
+    full, reduced = parity.read(shared / f"parity/{name}.npz"), parity.read(parity.fixture(name))
+    assert parity.mismatch(name, full) is None
+    for group in ("theta", "p0", "grads", "params"):  # the fixture is a copy of its beginning
+        theirs, ours = getattr(full, group), getattr(reduced, group)
+        assert theirs.keys() == ours.keys()
+        assert all(
+            np.array_equal(theirs[k] if x.shape == theirs[k].shape else theirs[k][: len(x)], x) for k, x in ours.items()
+        )
+
+
+def test_every_fixture_has_a_case():
+    assert {path.name for path in parity.FIXTURES.glob("*.npz")} == {parity.fixture(name).name for name in parity.CASES}
+
+
+def keywords(**changed):
+    """A function -> the same with these keywords forced."""
+    return lambda f: lambda *args, **kw: f(*args, **kw | changed)
+
+
+def first_step_corrected(inputs):
+    """Momenta as bias correction has them at the first step."""
+    decays = small_fc.decay_at(small_fc.MOMENTUM, jnp.asarray(parity.PYLO_DECAY_OFFSETS[0]))
+    return lambda acc, *args: inputs(acc._replace(m=acc.m / (1 - decays.reshape(-1, *[1] * (acc.m.ndim - 1)))), *args)
+
+
+def swapped(i, j):
+    """Inputs i and j in each other's place."""
+
+    def change(inputs):
+        return lambda *args: [xs := inputs(*args)] and [*xs[:i], xs[j], *xs[i + 1 : j], xs[i], *xs[j + 1 :]]
+
+    return change
+
+
+def settings(name, **changed):
+    """The table of cases with another setting in one."""
+    return lambda cases: cases | {name: cases[name]._replace(settings=cases[name].settings | changed)}
+
+
+def on_first_axes(f):
+    return lambda x: jnp.moveaxis(f(jnp.moveaxis(x, (0, 1), (-2, -1))), (-2, -1), (0, 1))
+
+
+SMALL, LEARNED, BASE, FULL = "pylo/adafaclo", "pylo/celo2_all_learned", "pylo/celo2_base", "pylo/celo2"
+MUTANTS = {  # what is wrong -> (case, object, attribute, right value -> wrong value)
+    "row and column swapped": (SMALL, F, "factored_axes", lambda f: lambda shape: (axes := f(shape)) and axes[::-1]),
+    "bias correction": (SMALL, small_fc, "inputs", first_step_corrected),
+    "decays not learned": (SMALL, small_fc, "decay_at", lambda f: lambda initial, offset: f(initial, None)),
+    "step_mult x 1.01": (SMALL, parity, "CASES", settings(SMALL, step_mult=0.0101)),
+    "eps of factored momenta": (SMALL, F, "factored_momenta", keywords(eps=1e-8)),
+    "eps of normalisation": (SMALL, F, "rms_scales", lambda f: lambda xs, eps, axes=None: f(xs, 1e-9, axes)),
+    "time one step late": (SMALL, F, "time_features", lambda f: lambda count: f(count + 1)),
+    "no exponential": (SMALL, jnp, "exp", lambda f: jnp.ones_like),
+    "no nonlinearity, wide": (SMALL, jax.nn, "relu", lambda f: lambda x: x),
+    "no nonlinearity, narrow": (LEARNED, jax.nn, "relu", lambda f: lambda x: x),
+    "eps of roots": (LEARNED, F, "rsqrt_all", lambda f: lambda xs, eps: f(xs, 1e-6)),
+    "two inputs swapped": (LEARNED, celo2, "inputs", swapped(1, 2)),
+    "normalised over all axes": (LEARNED, F, "rms_scales", lambda f: lambda xs, eps, axes: f(xs, eps)),
+    "not clipped to 1000": (BASE, jnp, "clip", lambda f: lambda x, lo, hi: x if hi == 1000 else f(x, lo, hi)),
+    "clipped tensor by tensor": (FULL, celo2, "clip_global_norm", lambda f: lambda gs, n: [f([g], n)[0] for g in gs]),
+    "four Newton-Schulz iterations": (FULL, celo2, "orthogonalize", lambda f: lambda x: f(x, 4)),
+    "wrong matrix of a kernel": (FULL, celo2, "orthogonalize", on_first_axes),
+    "decay of Adam's tensors": (FULL, parity, "CASES", settings(FULL, compat="")),
+}
+
+
+@pytest.mark.parametrize("wrong", MUTANTS)
+def test_a_wrong_variant_is_noticed(wrong, monkeypatch):
+    name, where, attribute, change = MUTANTS[wrong]
+    monkeypatch.setattr(where, attribute, change(getattr(where, attribute)))
+    assert parity.mismatch(name, parity.read(parity.fixture(name)), jit=False) is not None
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in MUTANTS.values()}))
+def test_without_jit_nothing_differs(name):
+    """Else the variants above might be noticed for the wrong reason."""
+    assert parity.mismatch(name, parity.read(parity.fixture(name)), jit=False) is None
