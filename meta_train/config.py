@@ -152,6 +152,7 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             value = _build(hint, value, here)
         elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
+            _require(isinstance(value, (list, tuple)), here, repr(value), "a list")
             value = tuple(_build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))
         elif hint in (int, float, str):
             allowed = (int, float) if hint is float else (hint,)

@@ -136,7 +136,7 @@ def build(run: cfg.Run) -> Program:
     def meta_step(data, state: State) -> tuple[State, dict[str, jax.Array]]:
         found, estimators = estimates(data, state.step, state.theta, state.estimators)
         grad = jax.tree.map(lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *(e.grad for e in found))
-        norm = optax.global_norm(grad)
+        norm = optax.tree.norm(grad)
         usable = jnp.isfinite(norm)
         updates, opt = tx.update(grad, state.opt, state.theta)
         theta, opt = jax.tree.map(

@@ -48,7 +48,12 @@ def swapped(i, j):
     """Inputs i and j in each other's place."""
 
     def change(inputs):
-        return lambda *args: [xs := inputs(*args)] and [*xs[:i], xs[j], *xs[i + 1 : j], xs[i], *xs[j + 1 :]]
+        def wrong(*args):
+            xs = inputs(*args)
+            xs[i], xs[j] = xs[j], xs[i]
+            return xs
+
+        return wrong
 
     return change
 
@@ -71,7 +76,7 @@ MUTANTS = {  # what is wrong -> (case, object, attribute, right value -> wrong v
     "eps of factored momenta": (SMALL, F, "factored_momenta", keywords(eps=1e-8)),
     "eps of normalisation": (SMALL, F, "rms_scales", lambda f: lambda xs, eps, axes=None: f(xs, 1e-9, axes)),
     "time one step late": (SMALL, F, "time_features", lambda f: lambda count: f(count + 1)),
-    "no exponential": (SMALL, jnp, "exp", lambda f: jnp.ones_like),
+    "no exponential": (SMALL, parity, "CASES", settings(SMALL, exp_mult=0.0)),
     "no nonlinearity, wide": (SMALL, jax.nn, "relu", lambda f: lambda x: x),
     "no nonlinearity, narrow": (LEARNED, jax.nn, "relu", lambda f: lambda x: x),
     "eps of roots": (LEARNED, F, "rsqrt_all", lambda f: lambda xs, eps: f(xs, 1e-6)),

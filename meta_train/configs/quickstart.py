@@ -2,7 +2,7 @@
 
     lopt-train quickstart
 
-241 meta-parameters, 8 antithetic pairs, horizons 100 to 1,000, meta-loss on fresh validation batches. The recipe is
+261 meta-parameters, 8 antithetic pairs, horizons 100 to 1,000, meta-loss on fresh validation batches. The recipe is
 ../../docs/design.md's reference recipe at a third of its length. The resulting weights are in checkpoints/quickstart.
 """
 

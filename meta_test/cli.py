@@ -1,0 +1,150 @@
+"""`lopt-eval`: judge an optimizer. Nothing heavy is imported before the arguments are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import importlib.util
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lopt.console import fail, prepare_jax, progress
+from meta_test.suites import SUITES
+
+FILES = ("comparison.json", "comparison.md", "comparison.png")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad input in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{self.prog}: {message} (see {self.prog} --help)"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lopt-eval", description="Compare learned and tuned hand-designed optimizers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    compare = commands.add_parser(
+        "compare",
+        help="a learned optimizer, untuned, against AdamW tuned per task",
+        description="Run a learned optimizer, untuned, and AdamW tuned for each task of a suite, on the same seeds; "
+        f"print a table and write {', '.join(FILES)}.",
+    )
+    compare.add_argument("optimizer", metavar="OPTIMIZER", help="a shipped name or the folder of an artifact")
+    compare.add_argument("--suite", default="quickstart", help=f"one of: {', '.join(SUITES)} (default: %(default)s)")
+    compare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
+    compare.add_argument("--force", action="store_true", help="replace a comparison that DIR holds")
+    commands.add_parser(
+        "list", help="print the suites and their tasks", description="Print the suites and their tasks."
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `lopt-eval`; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(words)
+    args.written = shlex.join(["lopt-eval", *words])
+    if args.command == "list":
+        return _list()
+    try:
+        rule, theta = _inputs(args)
+    except (ValueError, OSError) as e:
+        return fail(e)
+    try:
+        return _compare(args, rule, theta)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def _list() -> int:
+    for name, problems in SUITES.items():
+        print(name)
+        for problem in problems:
+            print(f"  {problem.describe()}: {problem.note}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can be refused before JAX starts."""
+    if args.suite not in SUITES:
+        near = difflib.get_close_matches(args.suite, SUITES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"lopt-eval: unknown suite {args.suite!r}.{hint} valid: {', '.join(SUITES)}.")
+    if args.seeds < 1:
+        raise ValueError(f"lopt-eval: --seeds, got {args.seeds}; valid: an integer >= 1.")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"lopt-eval: --out, got {args.out}; valid: a folder, or a path where one can be made.")
+    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"lopt-eval needs {' and '.join(missing)}: pip install 'lopt[eval]'.")
+    held = [name for name in FILES if (args.out / name).exists()]
+    if held and not args.force:
+        raise ValueError(
+            f"lopt-eval: {args.out} already holds {', '.join(held)}; pass --force to replace, or another --out."
+        )
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The rule and its theta, with JAX set up and the output folder made. Raises ValueError or OSError."""
+    _check(args)
+    prepare_jax()
+    import lopt
+
+    found = lopt.read(args.optimizer)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _compare(args: argparse.Namespace, rule: Any, theta: Any) -> int:
+    from meta_test import compare, figure, report
+
+    label = _label(args.optimizer)
+    about = {
+        "optimizer": args.optimizer,
+        "rule": rule.name,
+        "suite": args.suite,
+        "seeds": args.seeds,
+        "lrs": compare.LRS,
+        "command": args.written,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    began = time.monotonic()
+    with progress(f"compare {label}", 100) as tell:
+
+        def said(fraction: float, note: str) -> None:
+            tell(int(100 * fraction), note)
+
+        results = compare.compare(label, rule, theta, SUITES[args.suite], seeds=args.seeds, report=said)
+    about["wall_seconds"] = round(time.monotonic() - began, 1)
+    tables, line = [report.table(result) for result in results], report.summary(results)
+    contents = (
+        report.dump(report.record(results, about)),
+        report.as_markdown(tables, line, about),
+        figure.draw(results),
+    )
+    report.write(args.out, dict(zip(FILES, contents, strict=True)))
+    _show([report.as_rich(one) if sys.stdout.isatty() else report.as_text(one) + "\n" for one in tables])
+    print(f"{line}\nwritten to {args.out}: {', '.join(FILES)}")
+    return 0
+
+
+def _label(optimizer: str) -> str:
+    """A name for tables: a shipped name, or the last two parts of a path."""
+    return "/".join(Path(optimizer).parts[-2:])
+
+
+def _show(tables: Sequence[Any]) -> None:
+    if not sys.stdout.isatty():
+        print(*tables, sep="\n")
+        return
+    from rich.console import Console
+
+    Console().print(*tables, sep="\n")

@@ -1,0 +1,105 @@
+"""The launcher: help at once, bad input in one line with exit code 2, and nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from meta_train import config as cfg
+from meta_train import launch
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--meta-steps", "1", "--compare", ""]
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line of error that these arguments give."""
+    assert launch.main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quickstar"], "Did you mean 'quickstart'?"),
+        (["quickstart", "--estimator.pears", "3"], "--estimator.pairs"),
+        (["quickstart", "--meta-stepz", "3"], "--meta-steps"),
+        (["quickstart", "--meta-steps", "many"], "--meta-steps"),
+        (["quickstart", "--estimator.std", "-1"], "estimator.std, got -1.0; valid: > 0"),
+        (["quickstart", "--horizon.low", "10"], "horizon.low, got 10; valid: >= estimator.truncation = 50"),
+        (["quickstart", "--rule", "tinny"], "Did you mean 'tiny'?"),
+        (["quickstart", "--rule-settings", '{"hiden": 3}'], "Did you mean 'hidden'?"),
+        (["quickstart", "--rule-settings", "hidden=3"], "--rule-settings"),
+        (["quickstart", "--groups.0.family", "image_mpl"], "Did you mean 'image_mlp'?"),
+        (["quickstart", "--groups.0.settings", '{"data": "mnist"}'], "mnist5k"),
+        (["quickstart", "--estimator.name", "pse"], "Did you mean 'pes'?"),
+        (["quickstart", "--meta-loss", "test"], "fresh, train, validation"),
+        (["resume", "no-such-folder"], "not a run directory"),
+        (["resume"], "lopt-train resume DIR"),
+        (["export", "no-such-folder"], "not a run directory"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in failure(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_an_existing_run_directory_is_left_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("precious")
+    assert "exists" in failure(capsys, "quickstart", "--out", "run", *QUICK)
+    assert (tmp_path / "run/config.json").read_text() == "precious"
+    assert launch._new_folder("", "name") == Path("runs/name")
+    assert launch._new_folder("", "name") == Path("runs/name-2")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rule_setings": {}}, "unknown key 'rule_setings'. Did you mean 'rule_settings'?"),
+        ({"meta_steps": "many"}, "config.meta_steps, got 'many'"),
+        ({"estimator": {"pairs": 0}}, "estimator.pairs, got 0"),
+        ({"estimator": {"pears": 1}}, "config.estimator: unknown key 'pears'"),
+        ({"groups": [{"weight": 1.0}]}, "config.groups.0, got no family"),
+        ({"groups": 3}, "config.groups"),
+    ],
+)
+def test_a_damaged_config_is_named(capsys, tmp_path, change, says):
+    tree = {**cfg.load("quickstart").to_json(), **change}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert says in failure(capsys, "resume", str(tmp_path))
+
+
+def test_a_config_survives_json():
+    run = cfg.load("quickstart")
+    assert cfg.Run.from_json(json.loads(json.dumps(run.to_json()))) == run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["list"]])
+def test_help_needs_no_jax(arguments):
+    code = "import sys; from meta_train.launch import main\n"
+    code += f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+    code += "sys.exit(' '.join({'jax', 'orbax', 'matplotlib'} & set(sys.modules)) or 0)"
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "quickstart" in run.stdout or "usage" in run.stdout
+    assert time.monotonic() - began < 5  # under a second on an idle machine; this one runs tests beside it
+
+
+def test_every_config_builds():
+    for name in cfg.named():
+        assert cfg.load(name).name == name

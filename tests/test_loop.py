@@ -1,0 +1,100 @@
+"""The meta-step: independent of the layout of devices, averaged over groups, safe from one bad gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_train import loop
+from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
+
+SMALL = Run(
+    name="small",
+    rule_settings={"hidden": 2},  # compiles in a fraction of the time
+    groups=(Group("tabular_mlp", {"hidden": [4], "batch_size": 8}),),
+    estimator=Estimator(pairs=4, truncation=4),
+    horizon=Horizon(4, 12),
+    meta_optimizer=MetaOptimizer(warmup=0),
+    meta_steps=20,
+)
+
+
+def steps(run: Run, count: int) -> tuple[loop.State, list[dict]]:
+    program = loop.build(run)
+    state, metrics = program.init(), []
+    for _ in range(count):
+        state, found = program.meta_step(program.data, state)
+        metrics.append(jax.device_get(found))
+    return state, metrics
+
+
+def test_the_layout_of_devices_does_not_matter(monkeypatch):
+    assert len(jax.devices()) >= 4
+    wide, _ = steps(SMALL, 3)
+    assert len(wide.estimators[0].xi.sharding.device_set) == 4
+    monkeypatch.setattr(loop, "_devices", lambda pairs, available: 1)
+    narrow, _ = steps(SMALL, 3)
+    assert len(narrow.estimators[0].xi.sharding.device_set) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), wide.theta, narrow.theta)
+    np.testing.assert_allclose(wide.estimators[0].xi, narrow.estimators[0].xi, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("pairs", "available", "expected"), [(8, 2, 2), (3, 2, 1), (6, 4, 3), (1, 8, 1), (8, 8, 8)])
+def test_pairs_divide_over_devices(pairs, available, expected):
+    assert loop._devices(pairs, available) == expected
+
+
+def test_groups_are_averaged_by_weight():
+    other = Group("image_mlp", {"data": ["digits"], "hidden": [4], "batch_size": 8}, weight=3.0)
+    _, (metrics,) = steps(dataclasses.replace(SMALL, groups=(*SMALL.groups, other)), 1)
+    expected = (metrics["meta_loss/0"] + 3 * metrics["meta_loss/1"]) / 4
+    np.testing.assert_allclose(metrics["meta_loss"], expected, rtol=1e-5)
+    assert abs(metrics["meta_loss/0"] - metrics["meta_loss/1"]) > 0.1
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    program = loop.build(SMALL)
+    state = program.init()
+    bad = state.estimators[0]._replace(xi=state.estimators[0].xi.at[0, 0].set(jnp.inf))
+    state = state._replace(estimators=(bad,))
+    before = [np.array(x) for x in jax.tree.leaves((state.theta, state.opt))]
+    state, metrics = program.meta_step(program.data, program.place(state))
+    assert int(metrics["skipped"]) == 1
+    after = jax.tree.leaves((state.theta, state.opt))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_one_program_serves_all_meta_steps():
+    program = loop.build(SMALL)
+    state = program.init()
+    for _ in range(3):
+        state, _ = program.meta_step(program.data, state)
+    assert program.meta_step._cache_size() == 1
+
+
+def test_metrics_are_cut_back(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n{"step": 3, "x"')
+    log = loop.Log(tmp_path, after=1)
+    log.write({"step": 2, "x": 5.0})
+    log.close()
+    assert loop.read_metrics(tmp_path) == [{"step": 1, "x": 1}, {"step": 2, "x": 5.0}]
+
+
+def test_the_meta_loss_falls():
+    """Meta-training works at all: 20 meta-steps from a rule whose steps are ten times too long."""
+    run = dataclasses.replace(
+        SMALL,
+        rule_settings={"hidden": 2, "step_mult": 1.0},
+        estimator=Estimator(pairs=8, truncation=8),
+        horizon=Horizon(8, 24),
+        meta_optimizer=MetaOptimizer(lr=0.1, warmup=0),
+        meta_steps=40,
+    )
+    _, metrics = steps(run, 40)
+    losses = [float(m["meta_loss"]) for m in metrics]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])

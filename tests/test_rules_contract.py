@@ -1,0 +1,495 @@
+"""The contract of an update rule, over every registered one: whatever is done with an optax transform works."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lopt import rules
+from lopt.transform import LABELS
+
+RULES = sorted(rules.REGISTRY)
+HORIZON = 20
+SHAPES = {"b": (3,), "w": (4, 3)}  # few and the same everywhere: each new shape is compiled
+
+
+@pytest.fixture(params=RULES)
+def name(request):
+    return request.param
+
+
+@functools.cache
+def built(name):
+    rule = rules.make(name)
+    return rule, rule.init_theta(jax.random.key(7))
+
+
+def bound(name, **bind):
+    rule, theta = built(name)
+    return rule.bind(theta, **{"num_steps": HORIZON} | bind)
+
+
+def tree(seed, shapes=SHAPES, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
+
+
+PARAMS, GRADS = tree(0), [tree(1), tree(2), tree(3)]
+LOSS = {"value": np.float32(1.5)}
+
+
+def updates_of(tx, grads, params=PARAMS, state=None):
+    """The updates of one step."""
+    return tx.update(grads, tx.init(params) if state is None else state, params, **LOSS)[0]
+
+
+def loop(tx, grads, params=PARAMS, update=None):
+    """Plain steps: params and state after the last."""
+    state = tx.init(params)
+    for g in grads:
+        updates, state = (update or tx.update)(g, state, params, **LOSS)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def at(tx, count, params=PARAMS):
+    """The state at the start, but for the number of updates made."""
+    return tx.init(params)._replace(count=jnp.int32(count))
+
+
+def close(ours, theirs, rtol=1e-4, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
+
+
+def same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)), tree)
+
+
+# What a rule is
+
+
+def test_every_module_is_registered():
+    modules = {m.name for m in pkgutil.iter_modules(rules.__path__) if not m.name.startswith("_")}
+    assert modules == set(rules.REGISTRY)
+    assert all(path == f"lopt.rules.{name}" for name, path in rules.REGISTRY.items())
+
+
+def test_settings_rebuild_the_rule(name):
+    rule, theta = built(name)
+    factory = getattr(importlib.import_module(rules.REGISTRY[name]), name)
+    assert rule.name == name
+    assert set(rule.settings) == set(inspect.signature(factory).parameters)
+    again = rules.make(name, **json.loads(json.dumps(rule.settings)))
+    assert (again.settings, again.needs) == (rule.settings, rule.needs)
+    same(again.init_theta(jax.random.key(7)), theta)
+    assert rule.needs <= {"value", "num_steps", "grad_fn"}
+    assert all(x.dtype == jnp.float32 and jnp.isfinite(x).all() for x in jax.tree.leaves(theta))
+    other = rule.init_theta(jax.random.key(8))
+    assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(theta), jax.tree.leaves(other), strict=True))
+
+
+# Transformations of JAX
+
+
+def test_steps_compile_once_and_equal_the_plain_loop(name):
+    tx, traces = bound(name), []
+
+    @jax.jit
+    def update(*args, **kw):
+        traces.append(1)
+        return tx.update(*args, **kw)
+
+    ours = loop(tx, GRADS, update=update)
+    assert len(traces) == 1
+    close(ours, loop(tx, GRADS))
+    assert (int(ours[1].count), int(ours[1].skipped)) == (len(GRADS), 0)
+    assert types(ours[1]) == types(tx.init(PARAMS))
+    assert {x.dtype for x in jax.tree.leaves(ours[1].leaves)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in ours[1][:2]} == {jnp.dtype("int32")}
+    assert not any(np.array_equal(ours[0][k], PARAMS[k]) for k in PARAMS)
+
+
+def test_scan_of_cond_equals_the_plain_loop(name):
+    tx = bound(name)
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params, **LOSS)
+        return optax.apply_updates(params, updates), state
+
+    def body(carry, x):
+        g, wanted = x
+        return jax.lax.cond(wanted, step, lambda carry, g: carry, carry, g), None
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *GRADS), jnp.asarray([True, False, True])
+    ours = jax.jit(lambda carry: jax.lax.scan(body, carry, stacked))((PARAMS, tx.init(PARAMS)))[0]
+    close(ours, loop(tx, [GRADS[0], GRADS[2]]))
+
+
+def test_vmaps_over_params_and_a_bad_one_leaves_the_others_alone(name):
+    tx = bound(name)
+    params = jax.tree.map(lambda *x: jnp.stack(x), tree(4), tree(5))
+    grads = jax.tree.map(lambda *x: jnp.stack(x), GRADS[0], GRADS[1])
+    grads["w"] = grads["w"].at[1, 2, 0].set(jnp.nan)
+    updates, state = jax.jit(jax.vmap(tx.update))(grads, jax.vmap(tx.init)(params), params)
+    close(jax.tree.map(lambda x: x[0], updates), updates_of(tx, GRADS[0], tree(4)))
+    assert not updates["w"][1].any()
+    assert (state.count.tolist(), state.skipped.tolist()) == ([1, 1], [0, 1])
+
+
+def test_vmaps_over_theta(name):
+    rule, _ = built(name)
+    thetas = jax.vmap(rule.init_theta)(jax.random.split(jax.random.key(0), 2))
+    state = bound(name).init(PARAMS)
+
+    def updates(theta):
+        return updates_of(rule.bind(theta, num_steps=HORIZON), GRADS[0], state=state)
+
+    ours = jax.jit(jax.vmap(updates))(thetas)
+    for i in range(2):
+        pick = functools.partial(jax.tree.map, lambda x, i=i: x[i])
+        close(pick(ours), updates(pick(thetas)))
+    assert not np.array_equal(ours["w"][0], ours["w"][1])
+
+
+def test_differentiable_in_theta_even_where_gradients_are_zero(name):
+    rule, theta = built(name)
+    start = {"b": jnp.zeros(3), "w": PARAMS["w"]}  # the loss ignores b, as it does the bias of a dead unit
+
+    def meta_loss(theta):
+        tx = rule.bind(theta, num_steps=HORIZON)
+
+        def body(carry, _):
+            params, state = carry
+            value, g = jax.value_and_grad(lambda p: jnp.mean((p["w"] - 1) ** 2) + 0 * jnp.sum(p["b"] ** 2))(params)
+            updates, state = tx.update(g, state, params, value=value)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jnp.sum(jax.lax.scan(body, (start, tx.init(start)), length=3)[1])
+
+    gradient = jax.jit(jax.grad(meta_loss))(theta)
+    for path, g in jax.tree.leaves_with_path(gradient):
+        assert jnp.isfinite(g).all(), path
+    assert all(jnp.any(layer.w != 0) for layer in gradient.mlp)
+
+
+def test_sharded_params_give_the_unsharded_result(name):
+    tx, shapes = bound(name), {"b": (8,), "w": (16, 8)}
+    params, grads = tree(6, shapes), tree(7, shapes)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ("x", "y"))
+    specs = {"b": jax.P("y"), "w": jax.P("x", "y")}
+    place = functools.partial(
+        jax.tree.map, lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s)), is_leaf=lambda x: x is None
+    )
+    update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **LOSS))
+    ours = update(place(grads, specs), place(params, specs))
+    assert len(ours[0]["w"].sharding.device_set) == 8
+    close(ours, update(grads, params), rtol=1e-5)
+
+
+# Composition with optax
+
+
+def test_chain(name):
+    tx = bound(name)
+    chained = optax.chain(optax.clip_by_global_norm(0.1), tx, optax.scale_by_schedule(lambda count: 0.5 ** (count + 1)))
+    clip, state, params = optax.clip_by_global_norm(0.1), tx.init(PARAMS), PARAMS
+    for i, g in enumerate(GRADS[:2]):
+        updates, state = tx.update(clip.update(g, clip.init(g))[0], state, params, **LOSS)
+        params = optax.apply_updates(params, jax.tree.map(lambda u, i=i: 0.5 ** (i + 1) * u, updates))
+    close(loop(chained, GRADS[:2])[0], params)
+
+
+def test_multi_steps(name):
+    tx = bound(name)
+    params, state = loop(optax.MultiSteps(tx, every_k_schedule=2), GRADS[:2])
+    close(params, loop(tx, [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2])])[0])
+    assert int(state.inner_opt_state.count) == 1
+
+
+def test_multi_transform_and_masked(name):
+    tx = bound(name)
+    alone = updates_of(tx, {"w": GRADS[0]["w"]}, {"w": PARAMS["w"]})["w"]
+    split = optax.multi_transform({"learned": tx, "sgd": optax.sgd(0.5)}, {"w": "learned", "b": "sgd"})
+    close(updates_of(split, GRADS[0]), {"w": alone, "b": -0.5 * GRADS[0]["b"]})
+    masked = optax.masked(tx, {"w": True, "b": False})
+    close(updates_of(masked, GRADS[0]), {"w": alone, "b": GRADS[0]["b"]})
+
+
+def test_injected_learning_rate(name):
+    injected = optax.inject_hyperparams(lambda lr: bound(name, lr=lr))(lr=lambda count: 0.1 * (count + 1))
+    tx, state, params = bound(name, lr=0.1), bound(name).init(PARAMS), PARAMS
+    for i, g in enumerate(GRADS[:2]):
+        updates, state = tx.update(g, state, params, **LOSS)
+        params = optax.apply_updates(params, jax.tree.map(lambda u, i=i: (i + 1) * u, updates))
+    close(loop(injected, GRADS[:2])[0], params)
+
+
+# Leaves of all kinds
+
+
+def test_none_leaves_pass_through(name):
+    tx = bound(name)
+    plain = updates_of(tx, GRADS[0])
+    wrap = lambda x: {"none": None, "w": x["w"], "list": [None, x["b"]]}  # noqa: E731
+    ours = updates_of(tx, wrap(GRADS[0]), wrap(PARAMS))
+    assert jax.tree.structure(ours) == jax.tree.structure(wrap(PARAMS))
+    same(ours, wrap(plain))
+
+
+def test_a_missing_gradient_leaves_its_tensor_alone(name):
+    tx = bound(name)
+    start = tx.init(PARAMS)
+    updates, state = tx.update(GRADS[0] | {"b": None}, start, PARAMS, **LOSS)
+    same(updates["b"], np.zeros(3))
+    same(state.leaves["b"], start.leaves["b"])
+    assert updates["w"].any()
+
+
+def test_every_rank(name):
+    tx = bound(name)
+    shapes = {"r0": (), "r1": (1,)} | {f"rank{n}": (1, 3, 2, 3, 1, 2)[6 - n :] for n in range(1, 7)}
+    params, grads = tree(8, shapes), tree(9, shapes)
+    params["r1"], grads["r1"] = params["r0"].reshape(1), grads["r0"].reshape(1)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(grads, state, params, **LOSS)
+    assert types(updates) == types(params)
+    assert types(after) == types(state)
+    for k, u in updates.items():
+        assert jnp.isfinite(u).all(), k
+        assert u.any() or u.size == 1, k
+    same(updates["r0"], updates["r1"][0])
+
+
+@pytest.mark.parametrize("params", [np.ones((4, 3), np.float32), np.float32(1.0), {}], ids=["array", "number", "nothing"])
+def test_params_need_not_be_a_dict(name, params):
+    tx = bound(name)
+    updates, state = jax.eval_shape(tx.update, params, tx.init(params), params, **LOSS)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    assert types(state) == types(tx.init(params))
+
+
+def test_low_precision_params_are_updated_in_float32(name):
+    tx = bound(name, weight_decay=0.1)
+    low = {"b": jnp.float16, "w": jnp.bfloat16}
+    cast = lambda tree: {k: x.astype(low[k]) for k, x in tree.items()}  # noqa: E731
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    params, grads = cast(PARAMS), cast(GRADS[0])
+    start = tx.init(params)
+    updates, state = tx.update(grads, start, params, **LOSS)
+    expected, expected_state = tx.update(wide(grads), tx.init(wide(params)), wide(params), **LOSS)
+    assert {k: x.dtype for k, x in updates.items()} == low
+    assert types(state) == types(start) == types(expected_state)
+    same(state, expected_state)
+    same(updates, cast(expected))
+    same(updates_of(tx, wide(grads), params), updates)  # gradients may be of another precision
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_x64(name, dtype):
+    plain = updates_of(bound(name, weight_decay=0.1), GRADS[0])
+    with jax.enable_x64(True):
+        tx = bound(name, weight_decay=0.1)
+        params, grads = tree(0, dtype=dtype), tree(1, dtype=dtype)
+        start = tx.init(params)
+        updates, state = tx.update(grads, start, params, **LOSS)
+        assert types(updates) == types(params)
+        assert types(state) == types(start)
+        assert {x.dtype for x in jax.tree.leaves(state.leaves)} == {jnp.dtype(dtype)}
+        assert types(jax.eval_shape(tx.update, grads, state, params, **LOSS)[1]) == types(start)
+    close(updates, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_empty_leaves(name):
+    tx = bound(name)
+    more = lambda tree: tree | {"empty": jnp.zeros((0, 3))}  # noqa: E731
+    updates = updates_of(tx, more(GRADS[0]), more(PARAMS))
+    assert updates.pop("empty").shape == (0, 3)
+    same(updates, updates_of(tx, GRADS[0]))
+
+
+def test_integer_leaves_are_refused_by_name_unless_frozen(name):
+    params, grads = {"net": PARAMS | {"steps": jnp.arange(2)}}, {"net": GRADS[0] | {"steps": np.zeros(2, jax.dtypes.float0)}}
+    with pytest.raises(ValueError, match=r"parameter 'net/steps' has dtype int32; valid: float leaves"):
+        bound(name).init(params)
+    updates = updates_of(bound(name, labels=lambda path, _: "freeze" if path == "net/steps" else None), grads, params)
+    assert updates["net"].pop("steps").tolist() == [0, 0]
+    same(updates["net"], updates_of(bound(name), GRADS[0]))
+
+
+# What the arguments mean
+
+
+def test_other_arguments_of_an_update_are_ignored(name):
+    tx = bound(name)
+    updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, **LOSS, grad=GRADS[1], something="else")
+    same(updates, updates_of(tx, GRADS[0]))
+
+
+def test_lr_multiplies_and_may_be_vmapped(name):
+    ours = jax.vmap(lambda lr: updates_of(bound(name, lr=lr), GRADS[0]))(jnp.asarray([0.1, 0.3]))
+    close(jax.tree.map(lambda u: u[1], ours), jax.tree.map(lambda u: 3 * u[0], ours))
+    close(jax.tree.map(lambda u: u[0], ours), updates_of(bound(name, lr=0.1), GRADS[0]))
+
+
+def test_num_steps_may_be_traced(name):
+    tx = bound(name, schedule="cosine")
+    traced = jax.jit(lambda n: updates_of(bound(name, schedule="cosine", num_steps=n), GRADS[0], state=at(tx, 5)))
+    close(traced(HORIZON), updates_of(tx, GRADS[0], state=at(tx, 5)))
+
+
+def test_schedules(name):
+    unit = updates_of(tx := bound(name, schedule="constant"), GRADS[0], state=at(bound(name), 5))
+    scaled = lambda factor: jax.tree.map(lambda u: factor * u, unit)  # noqa: E731
+    cosine = bound(name, schedule="cosine")
+    close(updates_of(cosine, GRADS[0], state=at(tx, 5)), scaled(0.5 * (1 + np.cos(np.pi * 5 / HORIZON))))
+    own = bound(name, schedule=lambda count, num_steps: count / num_steps)
+    close(updates_of(own, GRADS[0], state=at(tx, 5)), scaled(5 / HORIZON))
+    for count in (HORIZON, 3 * HORIZON):  # held past the horizon
+        assert not any(u.any() for u in updates_of(cosine, GRADS[0], state=at(tx, count)).values())
+        assert all(jnp.isfinite(u).all() and u.any() for u in updates_of(tx, GRADS[0], state=at(tx, count)).values())
+
+
+def test_weight_decay_is_decoupled_and_scheduled(name):
+    bind = dict(lr=0.3, schedule="cosine")
+    tx = bound(name, **bind)
+    without = updates_of(tx, GRADS[0], state=at(tx, 5))
+    rate = 0.3 * 0.5 * (1 + np.cos(np.pi * 5 / HORIZON))
+    for decay in (0.2, jnp.float32(0.2)):
+        ours = updates_of(bound(name, weight_decay=decay, **bind), GRADS[0], state=at(tx, 5))
+        close(ours, jax.tree.map(lambda u, p: u - rate * 0.2 * p, without, PARAMS), atol=1e-7)
+
+
+def test_labels(name):
+    seen = {}
+    tx, start = bound(name), bound(name).init(PARAMS)
+    ours = updates_of(bound(name, weight_decay=0.2, labels=lambda path, p: seen.update({path: p.shape})), GRADS[0])
+    assert seen == SHAPES
+    spared = bound(name, weight_decay=0.2, labels=lambda path, p: ("no_decay",) if p.ndim < 2 else ())
+    close(updates_of(spared, GRADS[0]), {"w": ours["w"], "b": updates_of(tx, GRADS[0])["b"]})
+    frozen = bound(name, labels=lambda path, p: "freeze" if path == "b" else None)
+    updates, state = frozen.update(GRADS[0], frozen.init(PARAMS), PARAMS, **LOSS)
+    same(updates, {"w": updates_of(tx, GRADS[0])["w"], "b": np.zeros(3)})
+    assert jax.tree.leaves(state.leaves["b"]) == []
+    assert types(state.leaves["w"]) == types(start.leaves["w"])
+    for label in LABELS:
+        jax.eval_shape(bound(name, labels=lambda path, p, label=label: label).init, PARAMS)
+    with pytest.raises(ValueError, match=r"labels\('b'\): unknown label 'nodecay'. Did you mean 'no_decay'"):
+        bound(name, labels=lambda path, p: "nodecay").init(PARAMS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_nonfinite_element_skips_its_leaf(name, bad):
+    tx = bound(name, weight_decay=0.1)
+    _, before = tx.update(GRADS[1], tx.init(PARAMS), PARAMS, **LOSS)
+    updates, state = tx.update(GRADS[0] | {"w": GRADS[0]["w"].at[1, 2].set(bad)}, before, PARAMS, **LOSS)
+    expected, undisturbed = tx.update(GRADS[0], before, PARAMS, **LOSS)
+    same(updates, {"w": np.zeros((4, 3)), "b": expected["b"]})
+    same(state.leaves, {"w": before.leaves["w"], "b": undisturbed.leaves["b"]})
+    assert (int(state.count), int(state.skipped)) == (2, 1)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_nonfinite_modes(name):
+    bad = GRADS[0] | {"w": GRADS[0]["w"].at[1, 2].set(jnp.nan)}
+    tx = bound(name, weight_decay=0.1, nonfinite="skip_tree")
+    start = tx.init(PARAMS)
+    updates, state = tx.update(bad, start, PARAMS, **LOSS)
+    assert not any(u.any() for u in updates.values())
+    same(state.leaves, start.leaves)
+    assert (int(state.count), int(state.skipped)) == (1, len(SHAPES))
+    same(updates_of(tx, GRADS[0]), updates_of(bound(name, weight_decay=0.1), GRADS[0]))
+    assert not jnp.isfinite(updates_of(bound(name, nonfinite="propagate"), bad)["w"]).all()
+
+
+def test_rows_and_columns_have_no_order(name):
+    """A permuted problem gets the permuted update."""
+    rows, columns = np.asarray([2, 0, 3, 1]), np.asarray([1, 2, 0])
+    permute = lambda tree: {"b": tree["b"][columns], "w": tree["w"][rows][:, columns]}  # noqa: E731
+    tx = bound(name)
+    params, _ = loop(tx, [permute(g) for g in GRADS[:2]], permute(PARAMS))
+    close(params, permute(loop(tx, GRADS[:2])[0]))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        (dict(num_steps=0), "num_steps, got 0; valid: an integer >= 1"),
+        (dict(weight_decay=-0.1), "weight_decay, got -0.1; valid: >= 0"),
+        (dict(schedule="cosin"), "unknown schedule 'cosin'. Did you mean 'cosine'. valid: constant, cosine"),
+        (dict(schedule="cosine", num_steps=None), "num_steps"),
+        (dict(nonfinite="skip"), "unknown nonfinite 'skip'. .*valid: propagate, skip_leaf, skip_tree"),
+    ],
+)
+def test_bad_arguments_are_named(name, bind, message):
+    with pytest.raises(ValueError, match=rf"lopt\.rules\.{name}: .*{message}"):
+        bound(name, **bind)
+
+
+def test_a_misspelt_argument_is_refused(name):
+    with pytest.raises(TypeError, match="weight_decy"):
+        bound(name, weight_decy=0.1)
+
+
+def test_what_a_rule_needs_is_asked_for(name):
+    rule, theta = built(name)
+    if "num_steps" in rule.needs:
+        with pytest.raises(ValueError, match="needs the horizon: pass num_steps="):
+            rule.bind(theta)
+    tx = bound(name)
+    with pytest.raises(ValueError, match=r"call tx\.update\(grads, state, params\)"):
+        tx.update(GRADS[0], tx.init(PARAMS))
+    if "value" in rule.needs:
+        with pytest.raises(ValueError, match=r"call tx\.update\(grads, state, params, value=loss\)"):
+            tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        ("smal_fc", {}, "unknown rule 'smal_fc'. Did you mean 'small_fc'. valid: celo2, "),
+        ("small_fc", {"hiden": 4}, "small_fc: unknown setting 'hiden'. Did you mean 'hidden'"),
+        ("small_fc", {"hidden": 0}, "small_fc: hidden, got 0; valid: >= 1"),
+        ("small_fc", {"compat": "pilo"}, "small_fc: unknown compat 'pilo'. Did you mean 'pylo'"),
+        ("celo2", {"hidden": 0}, "celo2: hidden, got 0"),
+        ("celo2", {"second_moment": 1.0}, r"celo2: second_moment, got 1.0; valid: \[0, 1\)"),
+        ("celo2", {"clip_norm": 0.0}, "celo2: clip_norm, got 0.0; valid: > 0 or None"),
+        ("celo2", {"compat": "pilo"}, "celo2: unknown compat 'pilo'. Did you mean 'pylo'"),
+        ("tiny", {"clip": 0.0}, "tiny: clip, got 0.0; valid: > 0"),
+    ],
+)
+def test_bad_settings_are_named(rule, settings, message):
+    with pytest.raises(ValueError, match=message.replace("'. ", r"'\?\. ").replace("'\\?. Did", "'. Did")):
+        rules.make(rule, **settings)
+
+
+# Particular rules
+
+
+def test_small_fc_in_pylo_s_way_decays_what_it_moved():
+    bind = functools.partial(rules.make("small_fc", compat="pylo").bind, built("small_fc")[1])
+    without, ours = (updates_of(bind(lr=0.5, weight_decay=wd), GRADS[0]) for wd in (0.0, 0.2))
+    close(ours, jax.tree.map(lambda u, p: (p + u) * (1 - 0.5 * 0.2) - p, without, PARAMS))
+
+
+def test_celo2_gives_adamw_what_is_not_a_matrix():
+    rule, theta = built("celo2")
+    adam = optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=0.1)
+    label = lambda path, p: "output" if path == "w" else None  # noqa: E731
+    close(loop(rule.bind(theta, lr=0.01, weight_decay=0.1, labels=label), GRADS)[0], loop(adam, GRADS)[0])
