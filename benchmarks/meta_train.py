@@ -80,7 +80,7 @@ def main() -> None:
     import jax
 
     machine = f"{platform.machine()}, {jax.device_count()} host devices, JAX {jax.__version__}"
-    print(f"{machine}\npairs  inner steps/s (10th-90th percentile)   per CPU-second   reference's multiple  to meta-step 2")
+    print(f"{machine}\npairs  inner steps/s (10th-90th percentile)   per CPU-second   over reference  to meta-step 2")
     rows = []
     for pairs in arguments.pairs:
         row = measure(pairs)

@@ -1,6 +1,6 @@
 """Train a small MLP on scikit-learn's digits with a pretrained optimizer: the loop anyone would write.
 
-    python examples/digits.py
+python examples/digits.py
 """
 
 import jax

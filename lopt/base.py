@@ -34,4 +34,6 @@ def unknown(where: str, what: str, got: str, valid: Iterable[str]) -> ValueError
     valid = sorted(valid)
     near = difflib.get_close_matches(str(got), valid, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{where}: unknown {what} {got!r}.{hint} valid: {', '.join(valid) or '(none)'}.")
+    return ValueError(
+        f"{where}: unknown {what} {got!r}.{hint} valid: {', '.join(x or repr(x) for x in valid) or '(none)'}."
+    )

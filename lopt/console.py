@@ -43,7 +43,14 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
     """
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -66,7 +73,11 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
         if done >= total or elapsed - last >= every:
             last = elapsed
             left = elapsed / max(done - start, 1) * (total - done)
-            print(f"{what} {done}/{total}  {span(elapsed)}  ETA {span(left)}  {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{what} {done}/{total}  {span(elapsed)}  ETA {span(left)}  {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield report
 

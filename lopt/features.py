@@ -95,6 +95,12 @@ def safe_rsqrt(x: Array) -> Array:
     return jax.lax.rsqrt(jnp.maximum(x, 1e-9))
 
 
+def safe_sqrt(x: Array) -> Array:
+    """The root, with derivative 0 instead of infinity at 0: a gradient of exactly 0 must not make that of theta NaN."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
 def factors(acc: Accumulators, axes: tuple[int, int] | None) -> Factored:
     """rsqrt(row / mean row) and rsqrt(col); rank < 2: rsqrt of the full average."""
     if axes is None:
@@ -168,7 +174,9 @@ def _weighted_sum(w: Array, features: Sequence[Array], shape: tuple[int, ...]) -
 SCALAR_WIDTH = 8  # hidden widths up to here are computed as scalars × tensors, wider ones as matrix products
 
 
-def mlp(layers: Sequence[Layer], features: Sequence[Array], shape: tuple[int, ...], constant: Array | None) -> list[Array]:
+def mlp(
+    layers: Sequence[Layer], features: Sequence[Array], shape: tuple[int, ...], constant: Array | None
+) -> list[Array]:
     """Apply a ReLU network to every element of a tensor.
 
     Args:

@@ -176,9 +176,9 @@ def as_optax(
     where = f"lopt.rules.{name}"
     if "num_steps" in needs and num_steps is None:
         raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
-    if isinstance(num_steps, numbers.Number) and num_steps < 1:
+    if isinstance(num_steps, numbers.Real) and num_steps < 1:
         raise ValueError(f"{where}: num_steps, got {num_steps}; valid: an integer >= 1.")
-    if isinstance(weight_decay, numbers.Number) and weight_decay < 0:
+    if isinstance(weight_decay, numbers.Real) and weight_decay < 0:
         raise ValueError(f"{where}: weight_decay, got {weight_decay}; valid: >= 0.")
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
@@ -210,8 +210,8 @@ def as_optax(
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         about = describe(params)
-        live = [i for i, a in enumerate(about) if a is not None and g_leaves[i] is not None]
-        leaves = [about[i] for i in live]
+        live = {i: a for i, a in enumerate(about) if a is not None and g_leaves[i] is not None}
+        leaves = list(live.values())
         p, g, s = [[xs[i] for i in live] for xs in ([_wide(x) for x in p_leaves], g_leaves, states)]
         g = [_wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
         ok = _finite(g, nonfinite)
@@ -222,7 +222,9 @@ def as_optax(
         rate = lr * unit_schedule(state.count, num_steps)
         skipped = state.skipped
         if ok is not None:
-            new_s = [jax.tree.map(lambda n, o, k=k: jnp.where(k, n, o), *ns) for k, *ns in zip(ok, new_s, s, strict=True)]
+            new_s = [
+                jax.tree.map(lambda n, o, k=k: jnp.where(k, n, o), *ns) for k, *ns in zip(ok, new_s, s, strict=True)
+            ]
             skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
         out = [None if x is None else jnp.zeros_like(x) for x in p_leaves]
         for j, i in enumerate(live):

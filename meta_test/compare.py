@@ -26,9 +26,9 @@ SCHEDULES = ("constant", "cosine")
 WEIGHT_DECAY, WARMUP, UNTUNED_LR = 1e-4, 0.05, 1e-3
 TUNED, HALF, UNTUNED = "AdamW, tuned", "AdamW, tuned for T/2", f"AdamW({UNTUNED_LR:g}), untuned"
 # For the ETA: compiling a program takes as long as updates with this many bytes of intermediates.
-COMPILE_BYTES = 5e10
+COMPILE_BYTES = 1e11
 
-Tick = Callable[[int], None]
+Tick = Callable[..., None]  # (updates, compiled=programs)
 
 
 class Point(NamedTuple):
@@ -124,13 +124,12 @@ def compare(
     results, done = [], 0.0
     for problem, task, cost in zip(problems, made, costs, strict=True):
 
-        def tick(updates: int, cost: int = cost, name: str = task.name) -> None:
+        def tick(updates: int, compiled: int = 0, cost: int = cost, name: str = task.name) -> None:
             nonlocal done
-            done += updates * cost
+            done += updates * cost + compiled * COMPILE_BYTES
             report(done / total, name)
 
         results.append(_compare_on(problem, task, learned, seeds, lrs, tick))
-        done += 2 * COMPILE_BYTES
     report(1.0, "")
     return results
 
@@ -147,9 +146,11 @@ def _compare_on(problem: Problem, task: Task, rule: Contender, seeds: int, lrs: 
     early = steps[steps <= horizon // 2]
     hyper = {"num_steps": np.full(seeds, horizon, np.int32)}
     learned = run(prepare(rule, task, seeds), hyper, np.arange(seeds), steps, (horizon,), tick)
+    tick(0, compiled=1)
     program = prepare(Contender("AdamW", adamw), task, len(SCHEDULES) * len(lrs) * seeds)
     run_points = partial(_run_points, program, seeds, tick)
     full, half = _sweeps(run_points, horizon, lrs)
+    tick(0, compiled=1)
     best, best_half = _best(full, lrs), _best(half, lrs)
     untuned = Point(UNTUNED_LR, "constant")
     tuned = run_points([*best.values(), untuned], horizon, steps, (horizon,))

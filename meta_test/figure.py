@@ -53,8 +53,6 @@ def draw(results: Sequence[cmp.Result]) -> bytes:
 
 
 def _panel(axis: Any, result: cmp.Result, split: Split) -> None:
-    from matplotlib.ticker import LogFormatter
-
     for row, style in zip(result.rows, STYLES, strict=True):
         losses = _drawable(row.losses[split])
         axis.plot(row.steps, losses.mean(axis=0), label=row.name, marker="o", markersize=4, markevery=[-1], **style)
@@ -67,8 +65,10 @@ def _panel(axis: Any, result: cmp.Result, split: Split) -> None:
     axis.set_yscale("log")
     axis.set_xlim(0, 1.01 * result.problem.num_steps)
     axis.set_ylim(*_limits(result, split))
-    axis.yaxis.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.6, 0.8)))
+    low, high = axis.get_ylim()
+    few = high / low < 50
+    axis.yaxis.set_major_formatter(lambda x, position: f"{x:g}")
+    axis.yaxis.set_minor_formatter(lambda x, position: f"{x:g}" if few and f"{x:e}"[0] in "246" else "")
     axis.tick_params(which="both", labelsize=8)
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
 

@@ -164,8 +164,9 @@ def definitions(lrs: Sequence[float]) -> str:
     return f"""\
 - The last line of a table judges the learned rule against "{cmp.TUNED}", column by column, by means over the seeds;
   `~`: not every seed agrees. `*`: the best mean of the column. `diverged`: a loss was not finite.
-- Curves: mean loss on a fixed part of each split, {EVALS + 1} times from step 0 to T. Smoothed: the median of the last
-  {metrics.WINDOW} evaluations. Final: the last smoothed loss. Means ± standard deviations are over the seeds.
+- Curves: mean loss on a fixed part of each split, at most {EVALS + 1} times from step 0 to T.
+  Smoothed: the median of the last {metrics.WINDOW} evaluations. Final: the last smoothed loss.
+  Means ± standard deviations are over the seeds.
 - Paired: a seed fixes data, initial weights and every minibatch, for all optimizers alike.
 - {cmp.TUNED}: on this very task, {grid} (log-spaced),
   each {schedules}, on all seeds; weight decay {cmp.WEIGHT_DECAY:g}, the rest as in optax.
@@ -187,7 +188,8 @@ def as_text(one: Table) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in grid
     ]
-    rule = "-" * len(lines[0])
+    lines = [line.rstrip() for line in lines]
+    rule = "-" * max(len(line) for line in lines)
     return "\n".join([one.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *one.notes])
 
 

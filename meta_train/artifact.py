@@ -41,7 +41,13 @@ def count(rule: LearnedOptimizer) -> int:
 
 
 def write(
-    folder: Path, run: cfg.Run, rule: LearnedOptimizer, theta: Any, *, meta_steps: int, metrics: Sequence[dict[str, float]]
+    folder: Path,
+    run: cfg.Run,
+    rule: LearnedOptimizer,
+    theta: Any,
+    *,
+    meta_steps: int,
+    metrics: Sequence[dict[str, float]],
 ) -> Path:
     """Save theta as an artifact with its card.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import optax
 from lopt.base import LearnedOptimizer, unknown
 from tasks.base import Task
 
-MetaLoss = Literal["train", "fresh", "validation"]
-META_LOSSES: tuple[MetaLoss, ...] = ("train", "fresh", "validation")
+META_LOSSES = ("train", "fresh", "validation")
 
 
 class Particle(NamedTuple):
@@ -61,7 +60,7 @@ class Horizon(NamedTuple):
 
 
 def make_inner(
-    rule: LearnedOptimizer, task: Task, *, horizon: Horizon, meta_loss: MetaLoss = "validation", loss_limit: float = 3.0
+    rule: LearnedOptimizer, task: Task, *, horizon: Horizon, meta_loss: str = "validation", loss_limit: float = 3.0
 ) -> Inner:
     """Couple a rule and a task.
 
@@ -118,5 +117,5 @@ def make_inner(
         moved = particle._replace(params=params, opt_state=opt_state, grad_state=grad_state, t=t)
         return moved, value, t >= particle.horizon, diverged
 
-    axes = Particle(params=0, opt_state=0, grad_state=0, phi=None, t=None, horizon=None)
+    axes: Any = Particle(0, 0, 0, phi=None, t=None, horizon=None)  # pyrefly: ignore
     return Inner(reset, step, axes, horizon.low)

@@ -62,7 +62,9 @@ def _operands(args: list[str], usage: str, option: str = "") -> list[str]:
     if len(rest) == 3 and option and rest[1] == option:
         return [rest[0], rest[2]]
     if len(rest) != 1 or rest[0].startswith("-"):
-        raise ValueError(f"lopt-train: got {' '.join(args)!r}; valid: lopt-train {usage}{f' [{option} DIR]' if option else ''}.")
+        raise ValueError(
+            f"lopt-train: got {' '.join(args)!r}; valid: lopt-train {usage}{f' [{option} DIR]' if option else ''}."
+        )
     return rest
 
 
@@ -176,25 +178,31 @@ def _go(run: cfg.Run, program, folder: Path) -> int:
 
     began = time.monotonic()
     parameters = artifact.count(program.rule)
-    say(f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
-        f"{program.inner_steps} inner steps, run directory {folder}")
+    say(
+        f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
+        f"{program.inner_steps} inner steps, run directory {folder}"
+    )
     state, came = loop.train(run, program, folder, say)
     if came:
         say(f"stopped and saved at meta-step {int(state.step)}; go on with: lopt-train resume {folder}")
         return 128 + came
     say(f"meta-trained in {span(time.monotonic() - began)}")
     metrics = loop.read_metrics(folder)
-    target = artifact.write(folder / "artifact", run, program.rule, state.theta, meta_steps=run.meta_steps, metrics=metrics)
+    target = artifact.write(
+        folder / "artifact", run, program.rule, state.theta, meta_steps=run.meta_steps, metrics=metrics
+    )
     artifact.plot_meta_loss(folder / "meta_loss.png", run, metrics)
     code = 0
     if run.compare:
         # Its own process: nothing imports the evaluation suite, and it starts with fresh devices.
         command = ["-m", "meta_test", "compare", str(target), "--suite", run.compare, "--out", str(folder), "--force"]
         code = subprocess.run([sys.executable, *command], check=False).returncode
-    say(f"\nresults: {folder}\nuse the weights:\n"
+    say(
+        f"\nresults: {folder}\nuse the weights:\n"
         f"  import lopt\n"
         f"  tx = lopt.load({str(target)!r}, num_steps=1000)  # an optax transform: init, then one update a step\n"
-        f"  updates, opt_state = tx.update(grads, opt_state, params, value=loss)")
+        f"  updates, opt_state = tx.update(grads, opt_state, params, value=loss)"
+    )
     return code
 
 

@@ -32,13 +32,13 @@ AXIS = "particles"
 
 
 class State(NamedTuple):
-    """What a meta-step changes and a checkpoint holds."""
+    """What a meta-step changes and a checkpoint holds; also, with other leaves, the layout of the same."""
 
-    step: jax.Array  # () int32, meta-steps done
+    step: Any  # () int32, meta-steps done
     theta: Any
     opt: Any  # of the meta-optimizer
-    estimators: tuple[Any, ...]  # one a group, particles on the leading axis
-    skipped: jax.Array  # () int32, meta-steps whose gradient was not finite and was not applied
+    estimators: Any  # tuple, one a group, particles on the leading axis
+    skipped: Any  # () int32, meta-steps whose gradient was not finite and was not applied
 
 
 class Program(NamedTuple):
@@ -145,7 +145,7 @@ def build(run: cfg.Run) -> Program:
             (state.theta, state.opt),
         )
         skipped = state.skipped + (1 - usable.astype(jnp.int32))
-        metrics = {
+        metrics: dict[str, Any] = {
             "meta_loss": sum(w * e.loss for w, e in zip(weights, found, strict=True)),
             "grad_norm": norm,
             "diverged": sum(e.diverged for e in found),
@@ -158,7 +158,9 @@ def build(run: cfg.Run) -> Program:
     data = jax.device_put(tuple(task.data for task in group_tasks), NamedSharding(mesh, everywhere))
     inner_steps = len(run.groups) * run.estimator.pairs * 2 * run.estimator.truncation
     program = Program(rule, data, init, jax.jit(meta_step, donate_argnums=1), place, inner_steps)
-    jax.eval_shape(program.meta_step, data, jax.eval_shape(init))  # errors of settings surface before anything is written
+    jax.eval_shape(
+        program.meta_step, data, jax.eval_shape(init)
+    )  # errors of settings surface before anything is written
     return program
 
 

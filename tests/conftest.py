@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import jax
 import pytest
+
+from lopt.console import span
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LOPT_SHARED", ROOT.parent / "shared"))
@@ -24,8 +27,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Writes are not atomic: a file that is being written, or was cut short, is compiled anew with this warning.
-    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+    # Two workers share the cache and its writes are not atomic: what cannot be read or written is compiled anew.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -40,5 +43,34 @@ def pytest_collection_modifyitems(config, items):
 def shared() -> Path:
     """The folder of reference data that is not part of the repository."""
     if not (SHARED / "parity").is_dir():
+        if os.environ.get("LOPT_SHARED_REQUIRED"):  # .ci/run: there a skip would be a lie
+            pytest.fail(f"no reference data: {SHARED}/parity is not a folder, and LOPT_SHARED_REQUIRED is set")
         pytest.skip(f"no reference data: {SHARED}/parity is not a folder (set LOPT_SHARED)")
     return SHARED
+
+
+class Eta:
+    """A line every ten seconds instead of dots: tests done, time, ETA."""
+
+    def __init__(self, reporter):
+        self.reporter, self.done, self.began, self.last = reporter, set(), time.monotonic(), 0.0
+
+    def pytest_report_teststatus(self, report):
+        return ("passed" if report.when == "call" else "", "", "") if report.passed else None
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "teardown":
+            return
+        self.done.add(report.nodeid)
+        elapsed, total = time.monotonic() - self.began, self.reporter._session.testscollected
+        if elapsed - self.last >= 10 and total:
+            self.last = elapsed
+            left = elapsed / len(self.done) * (total - len(self.done))
+            self.reporter.write_line(f"tests {len(self.done)}/{total}  {span(elapsed)}  ETA {span(left)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Eta(reporter), "eta")

@@ -26,7 +26,8 @@ from tasks.base import Task
 
 INF, NAN = math.inf, math.nan
 TINY = Problem("tabular_mlp", {"hidden": (8,)}, 30, "tiny")
-LRS = (1e-3, 1e-2, 1e30)
+# Of these, train and validation loss each choose their own, at T and at T/2, and both schedules are chosen.
+LRS = (0.01, 0.03, 0.1, 1e30)
 QUIET = lambda updates: None  # noqa: E731
 
 
@@ -109,7 +110,7 @@ def test_verdict():
 def linear_task() -> Task:
     """loss = p · b from p = 1: after SGD at rate 1, p is 1 minus the sum of the batches."""
     return Task(
-        data=jnp.zeros(3),
+        data=jnp.ones(3),
         sample=lambda key: (),
         init=lambda key, phi: jnp.ones(1),
         batch=lambda key, phi, data, split: jax.random.normal(key, (1,)) + data[0],
@@ -153,7 +154,8 @@ def test_batches_and_init_depend_on_the_seed_alone():
             if seed < 2:
                 np.testing.assert_allclose(two.losses[split][row], one.losses[split][seed], rtol=1e-5, atol=1e-6)
     assert np.abs(one.losses["train"][0, 1:] - one.losses["train"][1, 1:]).min() > 1e-3  # seeds differ
-    assert np.abs(np.diff(one.losses["train"][0])).min() > 1e-3  # so do the batches of two steps
+    first, second = np.diff(one.losses["train"][0, :3])
+    assert abs(first - second) > 1e-3  # so do the batches of two steps
     np.testing.assert_allclose(two.test["loss"][2], one.test["loss"][0], rtol=1e-5, atol=1e-6)
 
 
@@ -163,6 +165,20 @@ def test_the_loss_of_the_step_is_passed_as_value():
     plain = train(runs.Contender("sgd", sgd), {"lr": np.ones(2, np.float32)}, [0, 1], 2)
     np.testing.assert_allclose(told.losses["train"][:, :2], plain.losses["train"][:, :2], rtol=1e-5)
     assert np.abs(told.losses["train"][:, 2] - plain.losses["train"][:, 2]).min() > 1e-3
+
+
+def test_evaluation_is_the_mean_over_the_whole_set():
+    task = tasks.make("tabular_mlp", hidden=())
+    run = jax.jit(lambda seed: runs.begin(task, sgd, (), {"lr": 0.1}, seed))(0)
+    for split in ("train", "test"):
+        batches = task.eval_batches(run.phi, task.data, split)
+        x, y = (np.concatenate(part) for part in batches)
+        logits = x @ np.asarray(run.params["layer0"]["w"]) + np.asarray(run.params["layer0"]["b"])[None, :]
+        chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        found = runs.evaluate(task, task.data, split, run, metrics=True)
+        np.testing.assert_allclose(found["loss"], -np.log(chances[np.arange(len(y)), y]).mean(), rtol=1e-4)
+        np.testing.assert_allclose(found["accuracy"], (logits.argmax(1) == y).mean(), rtol=1e-4)
+    assert len(task.eval_batches(run.phi, task.data, "train").y) > 1
 
 
 def test_one_compilation_for_all_learning_rates_seeds_and_horizons():
@@ -246,37 +262,51 @@ def test_tuning_picks_the_argmin_of_each_split(result):
             assert row.chosen[split][:2] == sweep.points[at][:2]
             # Run again with all its evaluations, the chosen point ends where it did.
             np.testing.assert_allclose(metrics.final(row.losses[split]), sweep.finals[split][at], rtol=1e-4)
+        assert row.chosen["train"] != row.chosen["validation"]
     full, half = result.sweeps
-    assert (full.horizon, half.horizon, len(full.points)) == (30, 15, 6)
+    assert (full.horizon, half.horizon, len(full.points)) == (30, 15, 8)
     assert not np.allclose(full.finals["train"][:2], half.finals["train"][:2], rtol=1e-3)
 
 
-def test_half_time_of_a_constant_rate_is_a_run_of_half_the_steps(result):
-    task = tasks.make(TINY.family, **TINY.settings)
-    program = runs.prepare(runs.Contender("AdamW", compare.adamw), task, 4)
+def test_the_grid_of_half_time_is_of_runs_of_half_the_steps(result):
+    program = runs.prepare(
+        runs.Contender("AdamW", compare.adamw), tasks.make(TINY.family, **TINY.settings), 16
+    )  # as in the fixture: compiled already
+    constant = np.repeat([True, False], 6)
     hyper = {
-        "lr": np.repeat(np.array(LRS[:2], np.float32), 2),
-        "horizon": np.full(4, 15, np.int32),
-        "cosine": np.zeros(4, bool),
+        "lr": np.tile(np.repeat(np.array(LRS[:3], np.float32), 2), 2),
+        "horizon": np.where(constant, 10**6, 15).astype(np.int32),
+        "cosine": ~constant,
     }
-    curves = runs.run(program, hyper, np.array([0, 1, 0, 1]), np.arange(16), (15,), QUIET)
+    curves = runs.run(program, hyper, np.tile([0, 1], 6), np.arange(16), (15,), QUIET)
     for split in runs.CURVES:
-        expected = metrics.final(curves.losses[split]).reshape(2, 2)
-        np.testing.assert_allclose(result.sweeps[1].finals[split][:2], expected, rtol=1e-4)
+        expected = metrics.final(curves.losses[split]).reshape(6, 2)
+        found = result.sweeps[1].finals[split][[0, 1, 2, 4, 5, 6]]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        # So are the curves shown.
+        steps, shown = result.rows[2].steps, result.rows[2].losses[split]
+        at = result.sweeps[1].points.index(result.rows[2].chosen[split]._replace(edge=False))
+        row = [0, 1, 2, None, 3, 4, 5, None][at]
+        np.testing.assert_allclose(shown, curves.losses[split].reshape(6, 2, 16)[row][:, steps], rtol=1e-3, atol=1e-5)
+    # The test set is looked at where validation chose.
+    at = result.sweeps[1].points.index(result.rows[2].chosen["validation"]._replace(edge=False))
+    row = [0, 1, 2, None, 3, 4, 5, None][at]
+    for name in ("loss", "accuracy"):
+        np.testing.assert_allclose(result.rows[2].test[name], curves.test[name].reshape(6, 2)[row], rtol=1e-3)
 
 
 def test_a_learning_rate_that_diverges_is_a_result(result):
     finals = result.sweeps[0].finals["train"]
-    assert not np.isfinite(finals[2]).any()  # constant, 1e30
-    assert np.isfinite(finals[:2]).all()
+    assert not np.isfinite(finals[3]).any()  # constant, 1e30
+    assert np.isfinite(finals[:3]).all()
     assert all(point.lr < 1 for row in result.rows for point in row.chosen.values())
 
 
 def test_the_edge_of_the_grid_is_flagged():
-    points = [compare.Point(lr, "constant") for lr in LRS]
+    points = [compare.Point(lr, "constant") for lr in LRS[:3]]
     finals = np.array([[1.0], [2.0], [3.0]])
-    low = compare._best(compare.Sweep(30, points, dict.fromkeys(runs.CURVES, finals)), LRS)
-    middle = compare._best(compare.Sweep(30, points, dict.fromkeys(runs.CURVES, finals[[1, 0, 2]])), LRS)
+    low = compare._best(compare.Sweep(30, points, dict.fromkeys(runs.CURVES, finals)), LRS[:3])
+    middle = compare._best(compare.Sweep(30, points, dict.fromkeys(runs.CURVES, finals[[1, 0, 2]])), LRS[:3])
     assert [low[split].edge for split in runs.CURVES] == [True, True]
     assert [middle[split].edge for split in runs.CURVES] == [False, False]
 
@@ -343,7 +373,7 @@ def test_the_record_is_strict_json_and_complete(result):
     held = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     (problem,) = held["problems"]
     np.testing.assert_allclose(problem["rows"][0]["losses"]["train"], result.rows[0].losses["train"])
-    assert problem["sweeps"][0]["finals"]["train"][2] == [None, None]  # diverged
+    assert problem["sweeps"][0]["finals"]["train"][3] == [None, None]  # diverged
     assert problem["verdicts"]["validation loss"] == {"outcome": "lost", "unanimous": True}
     assert problem["provenance"][0]["id"] == "breast_cancer"
     assert held["machine"]["jax"] == jax.__version__
@@ -373,7 +403,7 @@ def artifact(tmp_path) -> Path:
 
 def test_compare_from_the_command_line(artifact, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
-    monkeypatch.setitem(SUITES, "small", (TINY._replace(num_steps=10),))
+    monkeypatch.setitem(SUITES, "small", (TINY._replace(settings={"hidden": ()}, num_steps=10),))
     monkeypatch.setattr(compare, "LRS", (1e-3, 1e-2, 1e-1))
     out = tmp_path / "out"
     arguments = ["compare", str(artifact), "--suite", "small", "--out", str(out), "--seeds", "1"]

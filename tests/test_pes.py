@@ -1,4 +1,4 @@
-"""PES on linear inner dynamics, where the meta-gradient has a closed form and the antithetic estimate no smoothing bias."""
+"""PES on linear inner dynamics: the meta-gradient has a closed form, the antithetic estimate no smoothing bias."""
 
 from __future__ import annotations
 

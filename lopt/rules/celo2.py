@@ -34,7 +34,9 @@ class Adam(NamedTuple):
     v: jax.Array  # like the tensor; EMA of the squared gradient
 
 
-def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, eps: float) -> list[jax.Array]:
+def inputs(
+    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, eps: float
+) -> list[jax.Array]:
     """VeLO's 30 inputs before normalisation; tensors of rank 1 have the first 15."""
     inv = jax.lax.rsqrt(acc.v + eps)
     f = F.factors(acc, axes)
@@ -50,7 +52,7 @@ def orthogonalize(x: jax.Array, iterations: int = 5) -> jax.Array:
     """Newton–Schulz on the last two axes: singular values are driven towards 1."""
     transpose = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if transpose else x
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    x = x / (F.safe_sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-8)
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         gram = x @ jnp.swapaxes(x, -1, -2)
@@ -121,16 +123,14 @@ def celo2(
         t = (count + 1).astype(g.dtype)
         state = Adam(adam_b1 * state.m + (1 - adam_b1) * g, adam_b2 * state.v + (1 - adam_b2) * g * g)
         m_hat, v_hat = state.m / (1 - adam_b1**t), state.v / (1 - adam_b2**t)
-        return adam_lr_mult * m_hat / (jnp.sqrt(v_hat) + 1e-8), state
+        return adam_lr_mult * m_hat / (F.safe_sqrt(v_hat) + 1e-8), state
 
     def arithmetic(theta: Theta) -> Arithmetic:
         def update_leaf(leaf, g, state, p, told):
             if under_adam(leaf):
                 return adam_direction(g, state, told.count)
             axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(
-                state, g, axes, m=jnp.asarray(MOMENTUM), v=second_moment, factored=jnp.asarray(FACTORED)
-            )
+            acc = F.accumulate(state, g, axes, m=jnp.asarray(MOMENTUM), v=second_moment, factored=jnp.asarray(FACTORED))
             last_two = tuple(range(max(0, g.ndim - 2), g.ndim))
             xs = inputs(acc, g, p, axes, rsqrt_eps)
             xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-9, last_two), strict=True)]

@@ -27,9 +27,9 @@ FEATURES = 28  # per element; 11 time features are added
 class DecayOffsets(NamedTuple):
     """Learned shifts of x = log(1 - decay)/10."""
 
-    m: jax.Array  # [3]
-    v: jax.Array  # [1]
-    factored: jax.Array  # [3]
+    m: jax.Array | None  # [3]
+    v: jax.Array | None  # [1]
+    factored: jax.Array | None  # [3]
 
 
 class Theta(NamedTuple):
@@ -107,7 +107,5 @@ def small_fc(
 
         return Arithmetic(init_leaf, per_leaf(update_leaf))
 
-    settings = dict(
-        hidden=hidden, step_mult=step_mult, exp_mult=exp_mult, learned_decays=learned_decays, compat=compat
-    )
+    settings = dict(hidden=hidden, step_mult=step_mult, exp_mult=exp_mult, learned_decays=learned_decays, compat=compat)
     return define("small_fc", settings, init_theta, arithmetic, decay_after=compat == "pylo")

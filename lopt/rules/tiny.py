@@ -31,7 +31,9 @@ class Theta(NamedTuple):
     log_step: jax.Array  # () natural logarithm of a factor of step_mult; starts at 0
 
 
-def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, count: jax.Array) -> list[jax.Array]:
+def inputs(
+    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, count: jax.Array
+) -> list[jax.Array]:
     """The 17 inputs before normalisation. Averages are bias-corrected here, so acc.row has one decay."""
     t = (count + 1).astype(g.dtype)
     momenta = [m / (1 - d**t) for m, d in zip(acc.m, MOMENTUM, strict=True)]
@@ -92,7 +94,7 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
             direction += F.linear(theta.skip, xs, g.shape, time)
             unit = direction * F.rms_scales([direction], 1e-12)[0]
             size = step_mult * jnp.exp(theta.log_step)
-            return size * jnp.maximum(jnp.sqrt(jnp.mean(p * p)), min_rms) * unit, acc
+            return size * jnp.maximum(F.safe_sqrt(jnp.mean(p * p)), min_rms) * unit, acc
 
         return Arithmetic(init_leaf, per_leaf(update_leaf))
 

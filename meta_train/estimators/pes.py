@@ -87,7 +87,9 @@ def pes(inner: Inner, *, pairs: int = 8, std: float = 0.01, truncation: int = 50
 
     def estimate(key: jax.Array, theta: Any, state: State) -> tuple[Estimate, State]:
         flat, unravel = ravel_pytree(theta)
-        eps_keys, reset_keys, step_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(_fold(key, state.index)), 1, 0)
+        eps_keys, reset_keys, step_keys = jnp.moveaxis(
+            jax.vmap(lambda k: jax.random.split(k, 3))(_fold(key, state.index)), 1, 0
+        )
         eps = std * jax.vmap(lambda k: jax.random.normal(k, flat.shape, flat.dtype))(eps_keys)
         perturbed = jnp.stack([flat[None] + eps, flat[None] - eps], axis=1)
         thetas = jax.vmap(jax.vmap(unravel))(perturbed)
