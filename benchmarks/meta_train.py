@@ -16,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from lopt.console import prepare_jax
 
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--pairs", type=int, nargs="+", default=[8, 32])
     arguments = parser.parse_args()
+    # This file has the name of a package of ours, and Python puts its folder first.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     prepare_jax()
     import jax
 
