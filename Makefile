@@ -30,7 +30,7 @@ format: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (about two minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 clean:

@@ -61,12 +61,15 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
     """
     folder = find(name)
     config = _read_config(folder)
-    rule = rules.make(config["rule"], **config["settings"])
+    try:
+        rule = rules.make(config["rule"], **config["settings"])
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"lopt.load: {folder / CONFIG} describes no rule of this lopt: {e}") from e
     weights = _read_bytes(folder / WEIGHTS)
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["sha256"]:
         raise ValueError(
-            f"lopt.load: {folder / WEIGHTS} is damaged: sha256 {digest[:12]}…, {CONFIG} says {config['sha256'][:12]}…."
+            f"lopt.load: {folder / WEIGHTS} is damaged: sha256 {digest[:12]}…, {CONFIG} says {config['sha256']!s:.12}…."
         )
     try:
         arrays = parse_safetensors(weights)

@@ -35,6 +35,9 @@ The resolved config is under `provenance` in config.json.
 """
 
 
+SMOOTH = 15  # logged values, each already a mean over log_every meta-steps
+
+
 def count(rule: LearnedOptimizer) -> int:
     """Meta-parameters of a rule."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(rule.init_theta, jax.random.key(0))))
@@ -90,9 +93,13 @@ def plot_meta_loss(path: Path, run: cfg.Run, metrics: Sequence[dict[str, float]]
     steps = [m["step"] for m in metrics]
     styles = ("-", "--", ":", "-.")
     for i, group in enumerate(run.groups):
-        axis.plot(steps, [m[f"meta_loss/{i}"] for m in metrics], styles[i % 4], lw=1, label=group.family)
+        loss = np.array([m[f"meta_loss/{i}"] for m in metrics])
+        (line,) = axis.plot(steps, loss, styles[i % 4], lw=0.6, alpha=0.5)
+        if len(loss) >= 2 * SMOOTH:
+            mean = np.convolve(loss, np.ones(SMOOTH) / SMOOTH, mode="valid")
+            axis.plot(steps[SMOOTH - 1 :], mean, styles[i % 4], lw=2, color=line.get_color())
+        line.set_label(f"{group.family} (bold: mean of {SMOOTH} logged values)")
     axis.set(xlabel="meta-step", ylabel=f"meta-loss ({run.meta_loss} batches)", title=f"{run.name}: rule {run.rule}")
-    axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=130)

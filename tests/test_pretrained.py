@@ -104,8 +104,12 @@ BREAK = {
         r"config\.json is not an artifact's config",
     ),
     "newer format": (lambda f: _config(f, format_version=99), r"format_version 99, this lopt reads 1"),
-    "unknown rule": (lambda f: _config(f, rule="smal_fc"), "Did you mean 'small_fc'"),
-    "unknown setting": (lambda f: _config(f, settings={"hiden": 3}), "Did you mean 'hidden'"),
+    "unknown rule": (lambda f: _config(f, rule="smal_fc"), r"config\.json .*Did you mean 'small_fc'"),
+    "unknown setting": (lambda f: _config(f, settings={"hiden": 3}), r"config\.json .*Did you mean 'hidden'"),
+    "setting of another type": (lambda f: _config(f, settings={"hidden": "3"}), r"config\.json describes no rule"),
+    "settings not an object": (lambda f: _config(f, settings=3), r"config\.json describes no rule"),
+    "rule not a name": (lambda f: _config(f, rule=["small_fc"]), r"config\.json describes no rule"),
+    "sha256 not a text": (lambda f: _config(f, sha256=None), r"model\.safetensors is damaged: sha256 .* says None"),
 }
 
 
