@@ -20,7 +20,7 @@ test-all: lint
 lint: .venv/.installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run make format"; exit 1; }
-	@$(BIN)/pyrefly check --summary=none
+	@$(BIN)/pyrefly check --summary=none 2>/dev/null || $(BIN)/pyrefly check
 
 format: .venv/.installed
 	@$(BIN)/ruff check --fix --quiet .

@@ -86,15 +86,15 @@ def test_metrics_are_cut_back(tmp_path):
 
 
 def test_the_meta_loss_falls():
-    """Meta-training works at all: 20 meta-steps from a rule whose steps are ten times too long."""
+    """Meta-training works at all: from a rule whose steps are thirty times too long."""
     run = dataclasses.replace(
         SMALL,
         rule_settings={"hidden": 2, "step_mult": 1.0},
         estimator=Estimator(pairs=8, truncation=8),
         horizon=Horizon(8, 24),
-        meta_optimizer=MetaOptimizer(lr=0.1, warmup=0),
-        meta_steps=40,
+        meta_optimizer=MetaOptimizer(lr=0.05, warmup=0),
+        meta_steps=80,
     )
-    _, metrics = steps(run, 40)
+    _, metrics = steps(run, 80)
     losses = [float(m["meta_loss"]) for m in metrics]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:10])
