@@ -47,6 +47,11 @@ def tree(seed, shapes=SHAPES, dtype=np.float32):
 PARAMS, GRADS = tree(0), [tree(1), tree(2), tree(3)]
 LOSS = {"value": np.float32(1.5)}
 
+# Compiling is what these tests do; optimised in full in the parity tests and where jax.jit stands.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
 
 def updates_of(tx, grads, params=PARAMS, state=None):
     """The updates of one step."""
@@ -136,7 +141,7 @@ def test_scan_of_cond_equals_the_plain_loop(name):
         return jax.lax.cond(wanted, step, lambda carry, g: carry, carry, g), None
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *GRADS), jnp.asarray([True, False, True])
-    ours = jax.jit(lambda carry: jax.lax.scan(body, carry, stacked))((PARAMS, tx.init(PARAMS)))[0]
+    ours = jit(lambda carry: jax.lax.scan(body, carry, stacked))((PARAMS, tx.init(PARAMS)))[0]
     close(ours, loop(tx, [GRADS[0], GRADS[2]]))
 
 
@@ -145,7 +150,7 @@ def test_vmaps_over_params_and_a_bad_one_leaves_the_others_alone(name):
     params = jax.tree.map(lambda *x: jnp.stack(x), tree(4), tree(5))
     grads = jax.tree.map(lambda *x: jnp.stack(x), GRADS[0], GRADS[1])
     grads["w"] = grads["w"].at[1, 2, 0].set(jnp.nan)
-    updates, state = jax.jit(jax.vmap(tx.update))(grads, jax.vmap(tx.init)(params), params)
+    updates, state = jit(jax.vmap(tx.update))(grads, jax.vmap(tx.init)(params), params)
     close(jax.tree.map(lambda x: x[0], updates), updates_of(tx, GRADS[0], tree(4)))
     assert not updates["w"][1].any()
     assert (state.count.tolist(), state.skipped.tolist()) == ([1, 1], [0, 1])
@@ -159,7 +164,7 @@ def test_vmaps_over_theta_and_lr(name):
     def updates(theta, lr):
         return updates_of(rule.bind(theta, num_steps=HORIZON, lr=lr), GRADS[0], state=state)
 
-    ours = jax.jit(jax.vmap(updates))(thetas, lrs)
+    ours = jit(jax.vmap(updates))(thetas, lrs)
     for i in range(2):
         pick = functools.partial(jax.tree.map, lambda x, i=i: x[i])
         close(pick(ours), updates(pick(thetas), lrs[i]))
@@ -182,7 +187,7 @@ def test_differentiable_in_theta_even_where_gradients_are_zero(name):
 
         return jnp.sum(jax.lax.scan(body, (start, tx.init(start)), length=3)[1])
 
-    gradient = jax.jit(jax.grad(meta_loss))(rule.init_theta(jax.random.key(0)))
+    gradient = jit(jax.grad(meta_loss))(rule.init_theta(jax.random.key(0)))
     for path, g in jax.tree.leaves_with_path(gradient):
         assert jnp.isfinite(g).all(), path
     assert all(jnp.any(layer.w != 0) for layer in gradient.mlp)
@@ -196,7 +201,7 @@ def test_sharded_params_give_the_unsharded_result(name):
     place = functools.partial(
         jax.tree.map, lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s)), is_leaf=lambda x: x is None
     )
-    update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **LOSS))
+    update = jit(lambda g, p: tx.update(g, tx.init(p), p, **LOSS))
     ours = update(place(grads, specs), place(params, specs))
     assert len(ours[0]["w"].sharding.device_set) == 8
     close(ours, update(grads, params), rtol=1e-5)
@@ -218,7 +223,7 @@ def test_chain(name):
 def test_multi_steps(name):
     tx = bound(name)
     many = optax.MultiSteps(tx, every_k_schedule=2)
-    params, state = loop(many, GRADS[:2], update=jax.jit(many.update))
+    params, state = loop(many, GRADS[:2], update=jit(many.update))
     close(params, loop(tx, [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2])])[0])
     assert int(state.inner_opt_state.count) == 1
 
@@ -352,7 +357,7 @@ def test_lr_multiplies(name):
 
 def test_num_steps_may_be_traced(name):
     tx = bound(name, schedule="cosine")
-    traced = jax.jit(lambda n: updates_of(bound(name, schedule="cosine", num_steps=n), GRADS[0], state=at(tx, 5)))
+    traced = jit(lambda n: updates_of(bound(name, schedule="cosine", num_steps=n), GRADS[0], state=at(tx, 5)))
     close(traced(HORIZON), updates_of(tx, GRADS[0], state=at(tx, 5)))
 
 
