@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lopt import convert as convert
+    from lopt import mup as mup
     from lopt import rules as rules
     from lopt.base import LearnedOptimizer as LearnedOptimizer
     from lopt.pretrained import available as available
@@ -19,7 +21,9 @@ __version__ = "0.1.0"
 _HOME = {
     "LearnedOptimizer": "lopt.base",
     "available": "lopt.pretrained",
+    "convert": "lopt.convert",
     "load": "lopt.pretrained",
+    "mup": "lopt.mup",
     "read": "lopt.pretrained",
     "rules": "lopt.rules",
     "save": "lopt.pretrained",
@@ -31,7 +35,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lopt' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    return module if name == "rules" else getattr(module, name)
+    return module if _HOME[name] == f"lopt.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -60,7 +60,7 @@ def init_accumulators(p: Array, decays: int, axes: tuple[int, int] | None) -> Ac
     return Accumulators(zeros(None), jnp.zeros_like(p), zeros(largest), zeros(second))
 
 
-def _ema(old: Array, new: Array, decay: Array) -> Array:
+def ema(old: Array, new: Array, decay: Array) -> Array:
     """decay · old + (1 - decay) · new, for D decays at once."""
     d = decay.reshape((-1,) + (1,) * new.ndim).astype(new.dtype)
     return d * old + (1 - d) * new[None]
@@ -83,12 +83,12 @@ def accumulate(
     second_moment = v * acc.v + (1 - v) * square
     floored = square + 1e-30
     if axes is None:
-        return Accumulators(_ema(acc.m, g, m), second_moment, _ema(acc.row, floored, factored), None)
+        return Accumulators(ema(acc.m, g, m), second_moment, ema(acc.row, floored, factored), None)
     second, largest = axes
     assert acc.col is not None
-    row = _ema(acc.row, jnp.mean(floored, axis=largest, keepdims=True), factored)
-    col = _ema(acc.col, jnp.mean(floored, axis=second, keepdims=True), factored)
-    return Accumulators(_ema(acc.m, g, m), second_moment, row, col)
+    row = ema(acc.row, jnp.mean(floored, axis=largest, keepdims=True), factored)
+    col = ema(acc.col, jnp.mean(floored, axis=second, keepdims=True), factored)
+    return Accumulators(ema(acc.m, g, m), second_moment, row, col)
 
 
 def safe_rsqrt(x: Array) -> Array:
@@ -118,7 +118,8 @@ def factored_gradient(g: Array, f: Factored) -> list[Array]:
 def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
     """The D momenta preconditioned with their factored average; rank < 2: m · rsqrt(average + eps)."""
     if f.col is None:
-        return [m * jax.lax.rsqrt(row + eps) for m, row in zip(acc.m, acc.row, strict=True)]
+        # Below the floor the momentum is 0 too; without it the derivative of rsqrt overflows.
+        return [m * jax.lax.rsqrt(jnp.maximum(row + eps, 1e-24)) for m, row in zip(acc.m, acc.row, strict=True)]
     return [m * r * c for m, r, c in zip(acc.m, f.row, f.col, strict=True)]
 
 
@@ -208,3 +209,10 @@ def _scalar_mlp(w, bias, rest, features, shape) -> list[Array]:
         units = [jax.nn.relu(x) for x in units]
         units = [sum(x * layer.w[i, j] for i, x in enumerate(units)) + layer.b[j] for j in range(layer.b.shape[0])]
     return units
+
+
+def lstm_cell(gates: Float[Array, "*n 4H"], cell: Float[Array, "*n H"]) -> tuple[Array, Array]:
+    """Next (cell, hidden) of an LSTM whose gates are in the order i g f o, the forget gate's bias raised by 1."""
+    i, g, f, o = jnp.split(gates, 4, axis=-1)
+    cell = jax.nn.sigmoid(f + 1) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return cell, jax.nn.sigmoid(o) * jnp.tanh(cell)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from lopt import rules
 from lopt.base import LearnedOptimizer, unknown
 
 FORMAT_VERSION = 1
+# version -> what makes a config of it one of the next version; an artifact of any version stays readable
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 DEFAULT = "quickstart"
 
@@ -75,7 +77,7 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
         arrays = parse_safetensors(weights)
     except SafetensorError as e:
         raise ValueError(f"lopt.load: {folder / WEIGHTS} is not a safetensors file: {e}.") from e
-    return rule, _into_theta(rule, arrays, folder / WEIGHTS)
+    return rule, into_theta(rule, arrays, folder / WEIGHTS)
 
 
 def load(name: str | os.PathLike[str] = DEFAULT, **bind: Any) -> optax.GradientTransformationExtraArgs:
@@ -160,6 +162,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = {"format_version", "rule", "settings", "sha256"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise ValueError(f"lopt.load: {path} is not an artifact's config: no {', '.join(sorted(missing))}.")
+    while config["format_version"] in MIGRATIONS:
+        config = MIGRATIONS[config["format_version"]](config)
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"lopt.load: {path} has format_version {config['format_version']}, this lopt reads {FORMAT_VERSION}: "
@@ -168,22 +172,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _into_theta(rule: LearnedOptimizer, arrays: Mapping[str, np.ndarray], path: Path) -> Any:
+def into_theta(rule: LearnedOptimizer, arrays: Mapping[str, np.ndarray], path: Path, where: str = "lopt.load") -> Any:
     """Arrays by name into the rule's own structure, checked against its shapes."""
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
     expected = named_leaves(template)
     if set(arrays) != set(expected):
         raise ValueError(
-            f"lopt.load: {path} does not fit rule {rule.name!r}: "
+            f"{where}: {path} does not fit rule {rule.name!r}: "
             f"missing {sorted(set(expected) - set(arrays))}, unexpected {sorted(set(arrays) - set(expected))}."
         )
     for name, like in expected.items():
         if arrays[name].shape != like.shape or not np.issubdtype(arrays[name].dtype, np.floating):
             raise ValueError(
-                f"lopt.load: {path}: {name!r} is {arrays[name].dtype}{list(arrays[name].shape)}, "
+                f"{where}: {path}: {name!r} is {arrays[name].dtype}{list(arrays[name].shape)}, "
                 f"rule {rule.name!r} has {like.dtype}{list(like.shape)}."
             )
         if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"lopt.load: {path}: {name!r} is not finite.")
+            raise ValueError(f"{where}: {path}: {name!r} is not finite.")
     leaves = [jax.numpy.asarray(arrays[name], like.dtype) for name, like in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

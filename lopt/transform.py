@@ -31,6 +31,11 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]  # scalars are (1,)
     labels: frozenset[str]
 
+    @property
+    def group(self) -> str:
+        """Its labels joined by "+", or "matrix" or "vector" by its rank."""
+        return "+".join(sorted(self.labels)) or ("matrix" if len(self.shape) > 1 else "vector")
+
 
 class Told(NamedTuple):
     """What an update is told besides gradients and parameters."""
@@ -47,6 +52,7 @@ class State(NamedTuple):
     skipped: jax.Array  # () int32, leaf updates skipped because their gradient was not finite
     leaves: Any  # like params: the rule's state of each tensor
     shared: Any  # the rule's state across tensors, () if it has none
+    update_rms: Any  # dict of () root mean squares of the last update, by label (see `Leaf.group`)
 
 
 class Arithmetic(NamedTuple):
@@ -124,7 +130,9 @@ def define(
         weight_decay: Any = 0.0,
         schedule: str | Schedule | None = None,
         labels: Labels = None,
+        multipliers: Any = None,
         nonfinite: Nonfinite = "skip_leaf",
+        diagnostics: bool = True,
     ) -> optax.GradientTransformationExtraArgs:
         return as_optax(
             name,
@@ -135,7 +143,9 @@ def define(
             weight_decay=weight_decay,
             schedule=default_schedule if schedule is None else schedule,
             labels=labels,
+            multipliers=multipliers,
             nonfinite=nonfinite,
+            diagnostics=diagnostics,
             decay_after=decay_after,
         )
 
@@ -152,7 +162,9 @@ def as_optax(
     weight_decay: Any,
     schedule: str | Schedule,
     labels: Labels,
+    multipliers: Any,
     nonfinite: Nonfinite,
+    diagnostics: bool,
     decay_after: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Make the optax transform of a rule whose theta is bound.
@@ -166,8 +178,11 @@ def as_optax(
       weight_decay: decoupled, multiplied by lr and the schedule.
       schedule: "constant", "cosine", or a function of (count, num_steps) returning a factor of lr.
       labels: `(path, leaf) -> label(s)` out of LABELS, or None for nothing special.
+      multipliers: tree like params of factors of each tensor's direction (muP's: `lopt.mup.multipliers`), or None. The
+        decay is not scaled, unless `decay_after` (where lr itself is scaled, as in the original).
       nonfinite: what a NaN or infinite gradient element skips: its "skip_leaf", the "skip_tree", or
         nothing ("propagate": the rule sees it).
+      diagnostics: keep `State.update_rms`.
       decay_after: see `define`.
 
     Raises:
@@ -199,7 +214,9 @@ def as_optax(
         about = describe(params)
         states = [None if a is None else rule.init_leaf(a, _wide(p)) for a, p in zip(about, leaves, strict=True)]
         zero = jnp.zeros((), jnp.int32)
-        return State(zero, zero, treedef.unflatten(states), rule.init_shared([a for a in about if a is not None]))
+        live = [a for a in about if a is not None]
+        rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
+        return State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms)
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args  # optax's convention: a transform ignores what it does not need
@@ -210,15 +227,20 @@ def as_optax(
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         about = describe(params)
-        live = {i: a for i, a in enumerate(about) if a is not None and g_leaves[i] is not None}
+        live = {i: a for i, a in enumerate(about) if a is not None}
         leaves = list(live.values())
         p, g, s = [[xs[i] for i in live] for xs in ([_wide(x) for x in p_leaves], g_leaves, states)]
-        g = [_wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
+        # A tensor without a gradient stays where it is, but a rule across tensors still sees all of them.
+        missing = [x is None for x in g]
+        g = [jnp.zeros_like(y) if x is None else _wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
         ok = _finite(g, nonfinite)
         if ok is not None:
             g = [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)]
         told = Told(state.count, num_steps, None if value is None else jnp.asarray(value, jnp.float32))
-        directions, new_s, shared = rule.update(leaves, g, s, p, state.shared, told)
+        directions, new_s, shared = (
+            rule.update(leaves, g, s, p, state.shared, told) if leaves else ([], [], state.shared)
+        )
+        shared = jax.tree.map(lambda new, old: new.astype(old.dtype), shared, state.shared)
         rate = lr * unit_schedule(state.count, num_steps)
         skipped = state.skipped
         if ok is not None:
@@ -226,19 +248,37 @@ def as_optax(
                 jax.tree.map(lambda n, o, k=k: jnp.where(k, n, o), *ns) for k, *ns in zip(ok, new_s, s, strict=True)
             ]
             skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
-        out = [None if x is None else jnp.zeros_like(x) for x in p_leaves]
+        out = [jnp.zeros_like(x) for x in p_leaves]
+        factors = None if multipliers is None else treedef.flatten_up_to(multipliers)
+        steps = []
         for j, i in enumerate(live):
-            step = -rate * directions[j]
+            if missing[j]:
+                steps.append(jnp.zeros_like(p[j]))
+                continue
+            factor = 1.0 if factors is None else factors[i]
+            step = -rate * factor * directions[j]
             if decays and "no_decay" not in leaves[j].labels:
-                decay = rate * weight_decay * rule.decay_mult(leaves[j])
+                decay = rate * weight_decay * rule.decay_mult(leaves[j]) * (factor if decay_after else 1.0)
                 step = step - decay * (p[j] + step if decay_after else p[j])
             if ok is not None:
                 step = jnp.where(ok[j], step, 0.0)
+            steps.append(step)
             out[i] = step.reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
             states[i] = new_s[j]
-        return treedef.unflatten(out), State(state.count + 1, skipped, treedef.unflatten(states), shared)
+        rms = _rms_by_group(leaves, steps) if diagnostics else None
+        return treedef.unflatten(out), State(state.count + 1, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rms_by_group(leaves: list[Leaf], steps: list[jax.Array]) -> dict[str, jax.Array]:
+    """Root mean square of the steps of each group of leaves."""
+    sums: dict[str, list[Any]] = {}
+    for leaf, step in zip(leaves, steps, strict=True):
+        total = sums.setdefault(leaf.group, [jnp.zeros((), jnp.float32), 0])
+        total[0] = total[0] + jnp.sum(jnp.square(step.astype(jnp.float32)))
+        total[1] += step.size
+    return {group: jnp.sqrt(total / size) for group, (total, size) in sums.items()}
 
 
 def _wide(x: Any) -> jax.Array:

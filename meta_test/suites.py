@@ -20,6 +20,14 @@ class Problem(NamedTuple):
 
 
 SUITES: dict[str, tuple[Problem, ...]] = {
+    "digits": (
+        Problem(
+            "image_mlp",
+            {"data": "digits", "size": 8, "hidden": (32,)},
+            1000,
+            "the kind of task that most open rules were meta-trained on",
+        ),
+    ),
     "quickstart": (
         Problem("tabular_mlp", {"data": "breast_cancer", "hidden": (64,)}, 500, "tabular data, never met"),
         Problem(

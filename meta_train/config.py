@@ -113,6 +113,8 @@ class Run:
     loss_limit: float = 3.0  # meta-losses above it count as this much
     meta_optimizer: MetaOptimizer = MetaOptimizer()
     meta_steps: int = 1000
+    init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
+    freeze: tuple[str, ...] = ()  # parts of theta that are not meta-trained, by dotted path, e.g. "bank"
     seed: int = 0
     log_every: int = 20  # meta-steps
     checkpoint_every: int = 200  # meta-steps
@@ -151,6 +153,10 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
         hint, here = hints[key], f"{where}.{key}"
         if dataclasses.is_dataclass(hint):
             value = _build(hint, value, here)
+        elif hint == tuple[str, ...]:
+            valid = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+            _require(valid, here, repr(value), "a list of strings")
+            value = tuple(value)
         elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
             _require(isinstance(value, (list, tuple)), here, repr(value), "a list")
             value = tuple(_build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))

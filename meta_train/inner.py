@@ -83,7 +83,7 @@ def make_inner(
 
     def bind(theta: Any, num_steps: Any) -> optax.GradientTransformationExtraArgs:
         # A trajectory that is no longer finite is reset by its estimator, so nothing need be skipped here.
-        return rule.bind(theta, num_steps=num_steps, nonfinite="propagate")
+        return rule.bind(theta, num_steps=num_steps, nonfinite="propagate", diagnostics=False)
 
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import tasks
 from lopt import rules
 from lopt.base import LearnedOptimizer, unknown
 from lopt.console import progress
+from lopt.pretrained import named_leaves, read
 from meta_train import config as cfg
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators import REGISTRY as ESTIMATORS
@@ -70,6 +71,40 @@ def meta_optimizer(spec: cfg.MetaOptimizer, meta_steps: int) -> optax.GradientTr
     return optax.chain(optax.clip(spec.clip), optax.adam(schedule))
 
 
+def freeze(tx: optax.GradientTransformation, theta: Any, parts: Sequence[str]) -> optax.GradientTransformation:
+    """Leave parts of theta as they are: their update is masked, so that no decay or momentum moves them either.
+
+    Raises:
+      ValueError: if a part names nothing in theta.
+    """
+    if not parts:
+        return tx
+    names = list(named_leaves(theta))
+    for part in parts:
+        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+            raise unknown("config.freeze", "part of theta", part, {name.split(".")[0] for name in names} | set(names))
+    labels = ["freeze" if any(f"{name}.".startswith(f"{part}.") for part in parts) else "train" for name in names]
+    labels = jax.tree.unflatten(jax.tree.structure(theta), labels)
+    return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
+
+
+def _start(run: cfg.Run, rule: LearnedOptimizer) -> Any | None:
+    """Theta of `init_from`, or None. Raises ValueError if it is another rule's or of another shape."""
+    if not run.init_from:
+        return None
+    other, theta = read(run.init_from)
+    ours, theirs = (
+        {name: x.shape for name, x in named_leaves(t).items()}
+        for t in (jax.eval_shape(rule.init_theta, jax.random.key(0)), theta)
+    )
+    if other.name != rule.name or ours != theirs:
+        raise ValueError(
+            f"config.init_from: {run.init_from} is {other.name} {dict(other.settings)}; "
+            f"valid: an artifact of {rule.name} with theta of the same shapes as {dict(rule.settings)}."
+        )
+    return theta
+
+
 def build(run: cfg.Run) -> Program:
     """Resolve names and assemble the meta-step.
 
@@ -84,6 +119,8 @@ def build(run: cfg.Run) -> Program:
     devices = jax.devices()[: _devices(run.estimator.pairs, jax.device_count())]
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
+    start_theta = _start(run, rule)
+    tx = freeze(tx, jax.eval_shape(rule.init_theta, jax.random.key(0)), run.freeze)
     weights = [group.weight / sum(g.weight for g in run.groups) for group in run.groups]
     seed = partial(jax.random.fold_in, jax.random.key(run.seed))
 
@@ -105,7 +142,7 @@ def build(run: cfg.Run) -> Program:
 
     def init() -> State:
         theta_key, *group_keys = jax.random.split(seed(0), 1 + len(group_tasks))
-        theta = rule.init_theta(theta_key)
+        theta = rule.init_theta(theta_key) if start_theta is None else start_theta
 
         @jax.jit
         def particles(keys, data, theta):

@@ -49,6 +49,13 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """Programs of an ended module are never run again, and together they take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 class Eta:
     """A line every ten seconds instead of dots: tests done, time, ETA."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lopt import features as F
 from lopt import rules
-from lopt.rules import celo2, small_fc
+from lopt.rules import celo, celo2, mlp, small_fc, velo
 
 FIXTURES = Path(__file__).parent / "fixtures"
 Arrays = Mapping[str, np.ndarray]
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     bind: dict[str, Any]
     theta: Callable[[Arrays], Any]  # their meta-parameters to ours
     atol: float = 2e-6  # as the README of the recording says
+    committed: bool = True  # a reduced copy is in fixtures; released weights of peers may not be committed
 
 
 class Recording(NamedTuple):
@@ -63,10 +64,63 @@ def google_small_fc(theta: Arrays) -> small_fc.Theta:
     )
 
 
+def pylo_elo(theta: Arrays) -> small_fc.Theta:
+    return pylo_small_fc(theta)._replace(decays=None)
+
+
+def google_mlp(theta: Arrays) -> mlp.Theta:
+    names = [f"mlp/~/linear_{i}" for i in range(3)]
+    return mlp.Theta(tuple(F.Layer(jnp.asarray(theta[f"{k}/w"]), jnp.asarray(theta[f"{k}/b"])) for k in names))
+
+
+def _google_bank(theta: Arrays) -> tuple[F.Layer, ...]:
+    w = [np.concatenate([theta[f"ff_mod_stack/~/w0__{i}"] for i in range(14)], axis=1)]
+    w += [theta[f"ff_mod_stack/~/w{i}"] for i in (1, 2)]
+    return tuple(F.Layer(jnp.asarray(x), jnp.asarray(theta[f"ff_mod_stack/~/b{i}"])) for i, x in enumerate(w))
+
+
+def _google_mixer(theta: Arrays) -> velo.Mixer:
+    names = ("linear", "linear_1", "linear_2", "rnn/linear", "rnn_to_controls", "step_size")
+    start = [jnp.asarray(theta[f"lstm_init_state/{k}"][0]) for k in ("hidden", "cell")]
+    layers = [F.Layer(*(jnp.asarray(theta[f"rnn_params/{k}/{part}"]) for part in "wb")) for k in names]
+    return velo.Mixer(*start, *layers)
+
+
+def google_velo(theta: Arrays) -> velo.Theta:
+    return velo.Theta(_google_mixer(theta), _google_bank(theta))
+
+
+def google_celo(theta: Arrays) -> celo.Theta:
+    return celo.Theta(_google_mixer(theta), _google_bank(theta))
+
+
+def pylo_velo(theta: Arrays) -> velo.Theta:
+    parts = (
+        ("input_weights_", "input_bias_"),
+        ("hidden_weights_.0", "hidden_bias_.0"),
+        ("output_weights_", "output_bias_"),
+    )
+    bank = [
+        F.Layer(jnp.asarray(np.swapaxes(theta[f"mlp.{w}"], 1, 2)), jnp.asarray(theta[f"mlp.{b}"])) for w, b in parts
+    ]
+    names = ("mix_layer1", "mix_layer2", "final_mix_layer", "lstm.linear", "rnn_to_controls", "step_size")
+    start = [jnp.asarray(theta[f"rnn.lstm_init_state.{i}"][0]) for i in range(2)]
+    layers = [F.Layer(jnp.asarray(theta[f"rnn.{k}.weight"].T), jnp.asarray(theta[f"rnn.{k}.bias"])) for k in names]
+    return velo.Theta(velo.Mixer(*start, *layers), tuple(bank))
+
+
+MULTIPLIERS = {"mat": 0.5, "sq": 1 / 3, "vec": 1.0, "conv": 1.0}  # lr_per_tensor of the recording's settings
+
 CASES: dict[str, Case] = {  # file under parity/ -> case
     "learned_optimization/adafac_mlp_h4": Case("small_fc", {}, {}, google_small_fc),
     "learned_optimization/adafac_mlp_h4_scalarpath": Case("small_fc", {}, {}, google_small_fc),
     "learned_optimization/adafac_mlp_h32": Case("small_fc", dict(hidden=32), {}, google_small_fc),
+    "learned_optimization/mlp_lopt_h32": Case("mlp", {}, {}, google_mlp),
+    "learned_optimization/hyper_v2_16_8": Case("velo", dict(lstm_hidden=16, bank=8), dict(num_steps=100), google_velo),
+    "learned_optimization/celo_pretrained": Case("celo", {}, dict(num_steps=100), google_celo, committed=False),
+    "pylo/mulo": Case("mulo", {}, dict(multipliers=MULTIPLIERS), pylo_small_fc),
+    "pylo/elo": Case("elo", dict(clip_norm=1.0), dict(weight_decay=0.1), pylo_elo),
+    "pylo/velo": Case("velo", dict(lstm_hidden=64, bank=32, compat="pylo"), dict(num_steps=20), pylo_velo),
     "pylo/adafaclo": Case("small_fc", dict(hidden=32, step_mult=0.01), {}, pylo_small_fc),
     "pylo/celo2": Case(
         "celo2",
@@ -78,6 +132,9 @@ CASES: dict[str, Case] = {  # file under parity/ -> case
     "pylo/celo2_base": Case("celo2", dict(newton_schulz=False), dict(lr=0.01), pylo_celo2),
     "pylo/celo2_all_learned": Case("celo2", dict(newton_schulz=False, adam=False), dict(lr=0.01), pylo_celo2),
 }
+
+
+COMMITTED = [name for name, case in CASES.items() if case.committed]
 
 
 def fixture(name: str) -> Path:

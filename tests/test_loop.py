@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lopt
+from lopt import rules
 from meta_train import loop
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
 
@@ -90,7 +92,7 @@ def test_the_meta_loss_falls():
     run = dataclasses.replace(
         SMALL,
         rule_settings={"hidden": 2, "step_mult": 1.0},
-        estimator=Estimator(pairs=8, truncation=8),
+        estimator=Estimator(pairs=32, std=0.1, truncation=8),
         horizon=Horizon(8, 24),
         meta_optimizer=MetaOptimizer(lr=0.05, warmup=0),
         meta_steps=80,
@@ -98,3 +100,27 @@ def test_the_meta_loss_falls():
     _, metrics = steps(run, 80)
     losses = [float(m["meta_loss"]) for m in metrics]
     assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:10])
+
+
+def test_frozen_parts_stand_still():
+    """Also under weight decay and momentum, which zeroed gradients would not stop."""
+    run = dataclasses.replace(SMALL, freeze=("mlp.0", "skip"))
+    start = loop.build(run).init().theta
+    theta = steps(run, 2)[0].theta
+    np.testing.assert_array_equal(theta.skip, start.skip)
+    jax.tree.map(np.testing.assert_array_equal, theta.mlp[0], start.mlp[0])
+    assert np.any(theta.mlp[1].w != start.mlp[1].w)
+    with pytest.raises(ValueError, match=r"config.freeze: unknown part of theta 'mpl'.*Did you mean 'mlp"):
+        loop.build(dataclasses.replace(SMALL, freeze=("mpl",)))
+
+
+def test_meta_training_starts_where_it_is_told(tmp_path):
+    rule = rules.make("tiny", hidden=2)
+    theta = jax.tree.map(lambda x: x + 0.5, rule.init_theta(jax.random.key(9)))
+    lopt.save(tmp_path / "start", rule, theta, provenance={}, card="")
+    state = loop.build(dataclasses.replace(SMALL, init_from=str(tmp_path / "start"))).init()
+    jax.tree.map(np.testing.assert_array_equal, state.theta, theta)
+    with pytest.raises(ValueError, match=r"config.init_from.*valid: an artifact of tiny"):
+        loop.build(dataclasses.replace(SMALL, rule_settings={"hidden": 3}, init_from=str(tmp_path / "start")))
+    with pytest.raises(ValueError, match="no such folder"):
+        loop.build(dataclasses.replace(SMALL, init_from="nowhere"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +138,33 @@ def test_names(artifact, monkeypatch, tmp_path):
 def test_a_misspelt_keyword_raises(artifact):
     with pytest.raises(TypeError, match="num_step"):
         lopt.load(artifact[0], num_step=3)
+
+
+OLDEST = Path(__file__).parent / "fixtures/artifact_v1"
+
+
+def test_the_oldest_artifact_still_does_what_it_did():
+    params = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3)}
+    tx = lopt.load(OLDEST)
+    updates, _ = tx.update(params, tx.init(params), params)
+    then = [[-0.0027354285, -0.0024648120, -0.0025567794], [-0.0032879859, -0.0032304551, -0.0029324363]]
+    np.testing.assert_allclose(updates["w"], then, rtol=1e-5)
+
+
+def test_an_older_format_is_migrated(monkeypatch):
+    """As if version 2 had renamed a setting and version 3 had dropped one."""
+
+    def to_2(config):
+        settings = {("width" if k == "hidden" else k): v for k, v in config["settings"].items()}
+        return config | {"format_version": 2, "settings": settings | {"obsolete": 1}}
+
+    def to_3(config):
+        settings = {("hidden" if k == "width" else k): v for k, v in config["settings"].items() if k != "obsolete"}
+        return config | {"format_version": 3, "settings": settings}
+
+    monkeypatch.setattr(pretrained, "FORMAT_VERSION", 3)
+    with pytest.raises(ValueError, match="format_version 1, this lopt reads 3"):
+        lopt.read(OLDEST)
+    monkeypatch.setattr(pretrained, "MIGRATIONS", {1: to_2, 2: to_3})
+    rule, _ = lopt.read(OLDEST)
+    assert rule.settings["hidden"] == 2

@@ -8,9 +8,15 @@ import inspect
 from lopt.base import LearnedOptimizer, unknown
 
 REGISTRY: dict[str, str] = {
+    "celo": "lopt.rules.celo",
     "celo2": "lopt.rules.celo2",
+    "elo": "lopt.rules.elo",
+    "mlp": "lopt.rules.mlp",
+    "mulo": "lopt.rules.mulo",
+    "nn_adam": "lopt.rules.nn_adam",
     "small_fc": "lopt.rules.small_fc",
     "tiny": "lopt.rules.tiny",
+    "velo": "lopt.rules.velo",
 }
 
 

@@ -19,7 +19,7 @@ from lopt.transform import Arithmetic, Leaf, clip_global_norm, define, per_leaf
 
 MOMENTUM = (0.9, 0.99, 0.999)
 FACTORED = (0.9, 0.99, 0.999)
-INPUTS = 30
+INPUTS, UNFACTORED_INPUTS = 30, 15
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -37,14 +37,13 @@ class Adam(NamedTuple):
 def inputs(
     acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, eps: float
 ) -> list[jax.Array]:
-    """VeLO's 30 inputs before normalisation; tensors of rank 1 have the first 15."""
+    """VeLO's 30 inputs before normalisation. Tensors of rank 1 have no factors: full averages stand for both."""
     inv = jax.lax.rsqrt(acc.v + eps)
     f = F.factors(acc, axes)
     xs = [g, jnp.clip(g, -0.1, 0.1), p, *acc.m, acc.v, *(m * inv for m in acc.m), inv]
     xs += [*F.factored_gradient(g, f), g * inv]
-    if acc.col is None:
-        return xs
-    row, col = list(acc.row), list(acc.col)
+    row = list(acc.row)
+    col = row if acc.col is None else list(acc.col)
     return [*xs, *row, *col, *F.rsqrt_all(row, 1e-8), *F.rsqrt_all(col, 1e-8), *F.factored_momenta(acc, f, eps=0.0)]
 
 
@@ -132,7 +131,7 @@ def celo2(
             axes = F.factored_axes(leaf.shape)
             acc = F.accumulate(state, g, axes, m=jnp.asarray(MOMENTUM), v=second_moment, factored=jnp.asarray(FACTORED))
             last_two = tuple(range(max(0, g.ndim - 2), g.ndim))
-            xs = inputs(acc, g, p, axes, rsqrt_eps)
+            xs = inputs(acc, g, p, axes, rsqrt_eps)[: INPUTS if g.ndim >= 2 else UNFACTORED_INPUTS]
             xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-9, last_two), strict=True)]
             direction, magnitude, _ = F.mlp(theta.mlp, xs, g.shape, None)
             direction = direction * jnp.exp(magnitude * exp_mult)

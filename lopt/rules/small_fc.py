@@ -61,6 +61,29 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int
     ]
 
 
+def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float) -> Arithmetic:
+    """The rule on leaves, for this theta."""
+    offsets = theta.decays or DecayOffsets(None, None, None)
+    decays = dict(
+        m=decay_at(MOMENTUM, offsets.m),
+        v=decay_at(SECOND_MOMENT, offsets.v)[0],
+        factored=decay_at(FACTORED, offsets.factored),
+    )
+
+    def init_leaf(leaf, p):
+        return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+
+    def update_leaf(leaf, g, acc, p, told):
+        axes = F.factored_axes(leaf.shape)
+        acc = F.accumulate(acc, g, axes, **decays)
+        xs = inputs(acc, g, p, axes)
+        xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
+        direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
+        return direction * jnp.exp(magnitude * exp_mult) * step_mult, acc
+
+    return Arithmetic(init_leaf, per_leaf(update_leaf))
+
+
 def small_fc(
     *, hidden: int = 4, step_mult: float = 1e-3, exp_mult: float = 1e-3, learned_decays: bool = True, compat: str = ""
 ) -> LearnedOptimizer:
@@ -83,29 +106,11 @@ def small_fc(
 
     def init_theta(key: jax.Array) -> Theta:
         layers = F.init_mlp(key, (FEATURES + len(F.TIME_SCALES), hidden, hidden, 2))
-        offsets = DecayOffsets(jnp.zeros(3), jnp.zeros(1), jnp.zeros(3)) if learned_decays else None
+        offsets = DecayOffsets(*(jnp.zeros(n, jnp.float32) for n in (3, 1, 3))) if learned_decays else None
         return Theta(layers, offsets)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        offsets = theta.decays or DecayOffsets(None, None, None)
-        decays = dict(
-            m=decay_at(MOMENTUM, offsets.m),
-            v=decay_at(SECOND_MOMENT, offsets.v)[0],
-            factored=decay_at(FACTORED, offsets.factored),
-        )
-
-        def init_leaf(leaf, p):
-            return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
-
-        def update_leaf(leaf, g, acc, p, told):
-            axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(acc, g, axes, **decays)
-            xs = inputs(acc, g, p, axes)
-            xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
-            direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
-            return direction * jnp.exp(magnitude * exp_mult) * step_mult, acc
-
-        return Arithmetic(init_leaf, per_leaf(update_leaf))
+        return arithmetic_of(theta, step_mult=step_mult, exp_mult=exp_mult)
 
     settings = dict(hidden=hidden, step_mult=step_mult, exp_mult=exp_mult, learned_decays=learned_decays, compat=compat)
     return define("small_fc", settings, init_theta, arithmetic, decay_after=compat == "pylo")

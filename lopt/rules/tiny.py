@@ -74,7 +74,8 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
         *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))
         # The hand-set direction alone at first: meta-training starts from an optimizer that works.
         mlp = (*layers, last._replace(w=0.1 * last.w))
-        return Theta(mlp, jnp.zeros(INPUTS + 2).at[HAND_SET].set(1.0), jnp.zeros(()))
+        skip = jnp.zeros(INPUTS + 2, jnp.float32).at[HAND_SET].set(1.0)
+        return Theta(mlp, skip, jnp.zeros((), jnp.float32))
 
     def init_leaf(leaf, p):
         acc = F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))

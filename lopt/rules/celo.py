@@ -1,0 +1,94 @@
+"""Celo: VeLO's per-parameter MLP without a bank, and an LSTM that schedules each tensor's step size.
+
+Source: Moudgil et al. (2025), "Celo: Training versatile learned optimizers on a compute diet", arXiv:2501.12670.
+
+Meta-trained in two phases: 1 trains the per-parameter network with the scheduler unused (`scheduler=False`), 2 the
+scheduler with the network frozen (`lopt-train --freeze bank --init-from PHASE1`, which masks the meta-update: zeroing
+gradients alone would let weight decay shrink what is frozen).
+
+Differs from the paper: `weight_decay` is decoupled and multiplied by `lr`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt import features as F
+from lopt.base import LearnedOptimizer
+from lopt.rules import velo as V
+from lopt.transform import Arithmetic, define
+
+CONTEXT = 18  # LSTM inputs: 9 of the time, 9 of the loss, the same for every tensor
+
+
+class Theta(NamedTuple):
+    mixer: V.Mixer  # gives the logarithm of ten step sizes; its one control has no influence
+    bank: tuple[F.Layer, ...]  # w [1, fan_in, fan_out], b [1, fan_out]
+
+
+def celo(
+    *,
+    lstm_hidden: int = 64,
+    hidden: int = 4,
+    step_mult: float = 1e-3,
+    exp_mult: float = 1e-3,
+    scheduler: bool = True,
+) -> LearnedOptimizer:
+    """Build the rule. Defaults are the released size, 37,089 meta-parameters.
+
+    Args:
+      lstm_hidden: width of the LSTM.
+      hidden: width of both hidden layers of the per-parameter network.
+      step_mult: size of a step of direction 1.
+      exp_mult: scale of the magnitude output inside its exponential.
+      scheduler: False for phase 1: every step size is 1, whatever the scheduler's weights.
+
+    Raises:
+      ValueError: on an argument out of range.
+    """
+    for key, value in {"lstm_hidden": lstm_hidden, "hidden": hidden}.items():
+        if value < 1:
+            raise ValueError(f"celo: {key}, got {value}; valid: >= 1.")
+
+    def init_theta(key: jax.Array) -> Theta:
+        mixer_key, bank_key = jax.random.split(key)
+        return Theta(V.init_mixer(mixer_key, CONTEXT, lstm_hidden, 1), V.init_bank(bank_key, 1, hidden))
+
+    def init_leaf(leaf, p):
+        return F.init_accumulators(p, 3, F.factored_axes(leaf.shape))
+
+    def init_shared(leaves):
+        zeros = jnp.zeros((len(leaves), lstm_hidden), jnp.float32)
+        return V.Shared(zeros, zeros, V.init_loss_features())
+
+    def arithmetic(theta: Theta) -> Arithmetic:
+        layers = [F.Layer(layer.w[0], layer.b[0]) for layer in theta.bank]
+
+        def update(leaves, grads, states, params, shared, told):
+            loss, loss_features = V.update_loss_features(shared.loss, told.value, told.num_steps)
+            x = jnp.concatenate([V.time_left(told), loss_features])
+            x = jnp.broadcast_to(x[None, :], (len(leaves), CONTEXT))
+            _, log_size, mixed = V.mix(theta.mixer, x, shared, told.count == 0)
+            size = 0.1 * jnp.exp(log_size) if scheduler else jnp.ones(len(leaves), jnp.float32)
+            directions, accs = [], []
+            for i, (leaf, g, acc, p) in enumerate(zip(leaves, grads, states, params, strict=True)):
+                axes, g = F.factored_axes(leaf.shape), jnp.clip(g, -1000.0, 1000.0)
+                acc = V.accumulate(acc, g, axes)
+                direction = V.per_parameter(acc, g, p, axes, layers, exp_mult)
+                directions.append(direction * (step_mult * size[i]))
+                accs.append(acc)
+            return directions, accs, mixed._replace(loss=loss)
+
+        return Arithmetic(init_leaf, update, init_shared)
+
+    settings = {
+        "lstm_hidden": lstm_hidden,
+        "hidden": hidden,
+        "step_mult": step_mult,
+        "exp_mult": exp_mult,
+        "scheduler": scheduler,
+    }
+    return define("celo", settings, init_theta, arithmetic, needs={"value", "num_steps"})
