@@ -48,8 +48,9 @@ def find(name: str | os.PathLike[str]) -> Path:
     if str(name) in known:
         return _zoo() / str(name)
     path = Path(name)
-    if path.is_dir():
-        return path
+    if path.is_dir() and str(name):
+        # The folder of a run holds its artifact in a folder of that name.
+        return path / "artifact" if (path / "artifact" / CONFIG).is_file() else path
     if path.name != str(name):
         raise ValueError(f"lopt.load: {str(name)!r} is neither a folder nor a shipped name; valid: {', '.join(known)}.")
     raise unknown("lopt.load", "optimizer (and no such folder)", str(name), known)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lopt.base import LearnedOptimizer, unknown
@@ -180,8 +181,8 @@ def as_optax(
       labels: `(path, leaf) -> label(s)` out of LABELS, or None for nothing special.
       multipliers: tree like params of factors of each tensor's direction (muP's: `lopt.mup.multipliers`), or None. The
         decay is not scaled, unless `decay_after` (where lr itself is scaled, as in the original).
-      nonfinite: what a NaN or infinite gradient element skips: its "skip_leaf", the "skip_tree", or
-        nothing ("propagate": the rule sees it).
+      nonfinite: what a gradient element that is NaN or infinite, or whose square is, skips: its "skip_leaf", the
+        "skip_tree", or nothing ("propagate": the rule sees it).
       diagnostics: keep `State.update_rms`.
       decay_after: see `define`.
 
@@ -191,10 +192,13 @@ def as_optax(
     where = f"lopt.rules.{name}"
     if "num_steps" in needs and num_steps is None:
         raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
-    if isinstance(num_steps, numbers.Real) and num_steps < 1:
-        raise ValueError(f"{where}: num_steps, got {num_steps}; valid: an integer >= 1.")
-    if isinstance(weight_decay, numbers.Real) and weight_decay < 0:
-        raise ValueError(f"{where}: weight_decay, got {weight_decay}; valid: >= 0.")
+    if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
+        whole = np.ndim(num_steps) == 0 and np.issubdtype(np.asarray(num_steps).dtype, np.integer)
+        if not (whole and 1 <= int(num_steps) < 2**31):
+            raise ValueError(f"{where}: num_steps, got {num_steps!r}; valid: an integer >= 1.")
+    for key, got in {"lr": lr, "weight_decay": weight_decay}.items():
+        if isinstance(got, (int, float)) and not 0 <= got < float("inf"):
+            raise ValueError(f"{where}: {key}, got {got}; valid: a finite number >= 0.")
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise unknown(where, "schedule", schedule, SCHEDULES)
@@ -291,7 +295,8 @@ def _finite(grads: list[jax.Array], nonfinite: Nonfinite) -> list[jax.Array] | N
     """() bool a leaf: may it be updated? None: do not ask."""
     if nonfinite == "propagate" or not grads:
         return None
-    ok = [jnp.all(jnp.isfinite(g)) for g in grads]
+    # The square too: a gradient that overflows in a second moment poisons the state as much as a NaN.
+    ok = [jnp.all(jnp.isfinite(g * g)) for g in grads]
     return ok if nonfinite == "skip_leaf" else [jnp.all(jnp.stack(ok))] * len(ok)
 
 

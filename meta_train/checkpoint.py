@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save on standard error
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and what we report ourselves
 
 
 def digest(tree: Any) -> str:
@@ -32,19 +32,20 @@ def digest(tree: Any) -> str:
 class Checkpoints:
     """The steps of a run directory: the latest two and the best by meta-loss are kept."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, identity: str):
+        """`identity` says what the state belongs to (a digest of the config); another one's steps are refused."""
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._identity = identity
 
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({"sha256": digest(tree)})
-        )
+        seal = {"sha256": digest(tree), "identity": self._identity, "devices": jax.device_count()}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave(seal))
         self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
 
     def steps(self) -> list[int]:
@@ -57,8 +58,10 @@ class Checkpoints:
           like: a tree of the structure, shapes and dtypes saved.
 
         Returns:
-          (step, tree of numpy arrays, a line about each newer step that was passed over); step -1 and `like` if there
-          is none.
+          (step, tree of numpy arrays, lines about what was passed over or differs); step -1 and `like` if none is good.
+
+        Raises:
+          ValueError: if the newest good step belongs to another config.
         """
         skipped = []
         shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _numpy(like))
@@ -70,11 +73,24 @@ class Checkpoints:
                 found = self._manager.restore(step, args=items)
                 leaves = [found["state"][key] for key in _by_number(shapes)]
                 tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-                if digest(tree) == found["seal"]["sha256"]:
-                    return step, tree, skipped
-                reason = "its sha256 differs from what was saved"
+                seal = found["seal"]
+                same = digest(tree) == seal["sha256"]
             except Exception as e:  # a truncated or deleted file raises one of many kinds
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
+            else:
+                if same and seal["identity"] != self._identity:
+                    raise ValueError(
+                        f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
+                        "was saved with, or a new run (with init_from= to start at this one's weights)."
+                    )
+                if same and seal["devices"] != jax.device_count():
+                    skipped.append(
+                        f"checkpoint {step} was made on {seal['devices']} devices and goes on on {jax.device_count()}: "
+                        "no longer bit for bit the same run"
+                    )
+                if same:
+                    return step, tree, skipped
+                reason = "its sha256 differs from what was saved"
             skipped.append(f"checkpoint {step} is damaged ({reason})")
         return -1, like, skipped
 

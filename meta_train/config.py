@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,9 +22,13 @@ from typing import Annotated, Any
 import tyro
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def _json_object(words: list[str]) -> dict[str, Any]:
     """A JSON object of a command line. Raises ValueError."""
-    value = json.loads(words[0])
+    value = json.loads(words[0], parse_constant=_no_constant)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {words[0]!r}")
     return value
@@ -53,7 +60,7 @@ class Group:
     weight: float = 1.0  # of the group's gradient in the average
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"group {self.family}: weight", self.weight, "> 0")
+        _require(0 < self.weight < math.inf, f"group {self.family}: weight", self.weight, "> 0")
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Horizon:
 
     def __post_init__(self) -> None:
         _require(self.low >= 1, "horizon.low", self.low, ">= 1")
-        _require(self.high >= self.low, "horizon.high", self.high, f">= horizon.low = {self.low}")
+        _require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         _require(self.pairs >= 1, "estimator.pairs", self.pairs, ">= 1")
-        _require(self.std > 0, "estimator.std", self.std, "> 0")
+        _require(0 < self.std < math.inf, "estimator.std", self.std, "> 0, finite")
         _require(self.truncation >= 1, "estimator.truncation", self.truncation, ">= 1")
 
 
@@ -93,7 +100,7 @@ class MetaOptimizer:
     clip: float = 1.0  # each element of the meta-gradient is clipped to ± this
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "meta_optimizer.lr", self.lr, "> 0")
+        _require(0 < self.lr < math.inf, "meta_optimizer.lr", self.lr, "> 0, finite")
         _require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
         _require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
         _require(self.clip > 0, "meta_optimizer.clip", self.clip, "> 0")
@@ -122,9 +129,11 @@ class Run:
 
     def __post_init__(self) -> None:
         _require(len(self.groups) >= 1, "groups", self.groups, "one or more")
-        _require(self.loss_limit > 0, "loss_limit", self.loss_limit, "> 0")
+        word = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+        _require(bool(re.fullmatch(word, self.name)), "name", repr(self.name), "letters, digits, '.', '-' and '_'")
+        _require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
         _require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
-        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         _require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         k = self.estimator.truncation
@@ -132,6 +141,11 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def identity(self) -> str:
+        """sha256 of all that changes the result: checkpoints of another identity are refused."""
+        tree = {k: v for k, v in self.to_json().items() if k not in ("log_every", "checkpoint_every", "compare")}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Run:
@@ -151,7 +165,9 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         hint, here = hints[key], f"{where}.{key}"
-        if dataclasses.is_dataclass(hint):
+        if key.endswith("settings"):
+            _require(isinstance(value, Mapping), here, repr(value), "an object")
+        elif dataclasses.is_dataclass(hint):
             value = _build(hint, value, here)
         elif hint == tuple[str, ...]:
             valid = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)

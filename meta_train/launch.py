@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             return start(command, args[1:])
     except ValueError as e:
         return fail(e)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -91,22 +98,45 @@ def _one_line(box: str) -> str:
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
+    program = _build(launch.run)  # every name and value is known to be good from here on
+    folder = _new_folder(launch.out, launch.run.name)
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
+    partial.replace(folder / "config.json")
+    with _locked(folder):
+        return _go(launch.run, program, folder)
+
+
+def _build(run: cfg.Run):
+    """The program of a config. Raises ValueError in one line for whatever it cannot be built of."""
+    if run.compare:
+        command = [sys.executable, "-m", "meta_test", "list"]
+        suites = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        suites = [line for line in suites if line and not line.startswith(" ")]
+        if not suites:
+            raise ValueError(
+                "lopt-train: --compare needs lopt-eval: pip install 'lopt[eval]', or --compare '' for none."
+            )
+        if run.compare not in suites:
+            raise ValueError(
+                f"config.compare: unknown suite {run.compare!r}; valid: {', '.join(suites)}, or '' for none."
+            )
     prepare_jax()
     from meta_train import loop
 
-    program = loop.build(launch.run)  # every name and value is known to be good from here on
-    folder = _new_folder(launch.out, launch.run.name)
-    (folder / "config.json").write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
-    return _go(launch.run, program, folder)
+    try:
+        return loop.build(run)
+    except ValueError:
+        raise
+    except Exception as e:  # a setting of another type fails wherever it is first used
+        raise ValueError(f"lopt-train: the config cannot be built: {type(e).__name__}: {str(e)[:300]}") from e
 
 
 def resume(directory: str) -> int:
     """Go on where the newest good checkpoint is."""
     folder, run = _read_run(directory)
-    prepare_jax()
-    from meta_train import loop
-
-    return _go(run, loop.build(run), folder)
+    with _locked(folder):
+        return _go(run, _build(run), folder)
 
 
 def export(directory: str, to: str = "") -> int:
@@ -115,12 +145,11 @@ def export(directory: str, to: str = "") -> int:
     target = Path(to) if to else folder / "artifact"
     if to and target.exists():
         raise ValueError(f"lopt-train export: {target} exists; valid: a new folder.")
-    prepare_jax()
+    program = _build(run)
     from meta_train import artifact, loop
     from meta_train.checkpoint import Checkpoints
 
-    program = loop.build(run)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity())
     at, state, passed_over = checkpoints.restore(program.init())
     checkpoints.close()
     for line in passed_over:
@@ -158,15 +187,50 @@ def _new_folder(out: str, name: str) -> Path:
         except OSError as e:
             raise ValueError(f"lopt-train: --out {folder} cannot be made: {e.strerror}.") from None
         return folder
-    Path("runs").mkdir(exist_ok=True)
     for n in range(1, 10_000):
         folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
         try:
+            Path("runs").mkdir(exist_ok=True)
             folder.mkdir()
         except FileExistsError:
-            continue
+            if folder.exists():
+                continue
+            raise ValueError("lopt-train: runs is a file; valid: a folder, or name one with --out.") from None
+        except OSError as e:
+            raise ValueError(f"lopt-train: {folder} cannot be made: {e.strerror}; name a folder with --out.") from None
         return folder
     raise ValueError(f"lopt-train: runs/{name}-* are all taken; name one with --out.")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep others out of a run directory while this process works in it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"lopt-train: {folder} is in use by another process.") from None
+        yield
+
+
+def _compare(target: Path, suite: str, folder: Path) -> int:
+    """Run the evaluation suite in its own process: nothing imports it, and it starts with fresh devices."""
+    command = ["lopt-eval", "compare", str(target), "--suite", suite, "--out", str(folder), "--force"]
+    process = subprocess.Popen([sys.executable, "-m", "meta_test", *command[1:]])
+
+    def stop(number, frame):
+        process.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        print(f"stopped; the weights are in {target}; compare them with: {shlex.join(command)}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _go(run: cfg.Run, program, folder: Path) -> int:
@@ -194,9 +258,7 @@ def _go(run: cfg.Run, program, folder: Path) -> int:
     artifact.plot_meta_loss(folder / "meta_loss.png", run, metrics)
     code = 0
     if run.compare:
-        # Its own process: nothing imports the evaluation suite, and it starts with fresh devices.
-        command = ["-m", "meta_test", "compare", str(target), "--suite", run.compare, "--out", str(folder), "--force"]
-        code = subprocess.run([sys.executable, *command], check=False).returncode
+        code = _compare(target, run.compare, folder)
     say(
         f"\nresults: {folder}\nuse the weights:\n"
         f"  import lopt\n"

@@ -51,7 +51,7 @@ class Program(NamedTuple):
       init: `() -> State`.
       meta_step: `(data, State) -> (State, metrics)`; State is donated; metrics are scalars by name.
       place: puts a State of host arrays on the devices.
-      inner_steps: inner updates of one sign in one meta-step.
+      inner_steps: inner updates in one meta-step, both signs counted.
     """
 
     rule: LearnedOptimizer
@@ -235,11 +235,13 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Whole lines of a run's metrics.jsonl; one that a kill cut short is left out."""
     path = folder / "metrics.jsonl"
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
 
 
@@ -268,15 +270,17 @@ def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], Non
     Returns:
       (State, signal): signal is 0 when all meta-steps are done, else what stopped the run (everything is saved).
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity())
     state = program.init()
-    at, saved, passed_over = checkpoints.restore(state)
-    for line in passed_over:
-        say(f"{line}; going back to an older one")
+    at, saved, remarks = checkpoints.restore(state)
+    for line in remarks:
+        say(line)
     if at >= 0:
         state = program.place(saved)
         say(f"resuming at meta-step {at} of {run.meta_steps}")
-        checkpoints.drop_after(at)
+    elif remarks:
+        say("no checkpoint is left that can be read: starting again")
+    checkpoints.drop_after(at)
     at = max(at, 0)
     log = Log(folder, after=at)
     pending: list[dict[str, jax.Array]] = []

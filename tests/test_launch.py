@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lopt
 from meta_train import config as cfg
 from meta_train import launch
 
@@ -42,6 +43,19 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--groups.0.settings", '{"data": "mnist"}'], "mnist5k"),
         (["quickstart", "--estimator.name", "pse"], "Did you mean 'pes'?"),
         (["quickstart", "--meta-loss", "test"], "fresh, train, validation"),
+        (
+            ["quickstart", "--compare", "quikstart"],
+            "config.compare: unknown suite 'quikstart'; valid: digits, quickstart",
+        ),
+        (["quickstart", "--rule-settings", '{"hidden": "a"}'], "the config cannot be built: TypeError"),
+        (["quickstart", "--rule-settings", '{"step_mult": NaN}'], "NaN is not a number"),
+        (["quickstart", "--groups.0.settings", '{"hidden": 3}'], "the config cannot be built: TypeError"),
+        (["quickstart", "--estimator.std", "inf"], "estimator.std, got inf; valid: > 0, finite"),
+        (["quickstart", "--estimator.std", "nan"], "estimator.std, got nan"),
+        (["quickstart", "--loss-limit", "inf"], "loss_limit, got inf"),
+        (["quickstart", "--seed", "99999999999999999999"], "seed, got 99999999999999999999"),
+        (["quickstart", "--horizon.high", "99999999999"], "horizon.high, got 99999999999"),
+        (["quickstart", "--name", "../../escape"], "name, got '../../escape'"),
         (["resume", "no-such-folder"], "not a run directory"),
         (["resume"], "lopt-train resume DIR"),
         (["export", "no-such-folder"], "not a run directory"),
@@ -73,6 +87,7 @@ def test_an_existing_run_directory_is_left_alone(capsys, tmp_path, monkeypatch):
         ({"estimator": {"pears": 1}}, "config.estimator: unknown key 'pears'"),
         ({"groups": [{"weight": 1.0}]}, "config.groups.0, got no family"),
         ({"groups": 3}, "config.groups"),
+        ({"rule_settings": 3}, "config.rule_settings, got 3; valid: an object"),
     ],
 )
 def test_a_damaged_config_is_named(capsys, tmp_path, change, says):
@@ -100,6 +115,39 @@ def test_help_needs_no_jax(arguments):
     assert time.monotonic() - began < 5  # under a second on an idle machine; this one runs tests beside it
 
 
-def test_every_config_builds():
-    for name in cfg.named():
-        assert cfg.load(name).name == name
+@pytest.mark.parametrize("name", cfg.named())
+def test_every_config_builds(name):
+    run = cfg.load(name)
+    assert run.name == name
+    assert launch._build(run).inner_steps > 0
+
+
+def test_two_processes_do_not_share_a_run(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(cfg.load("quickstart").to_json()))
+    with launch._locked(tmp_path):
+        assert "is in use by another process" in failure(capsys, "resume", str(tmp_path))
+
+
+def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
+    small = ["--rule-settings", '{"hidden": 2}', "--estimator.pairs", "2", "--estimator.truncation", "5"]
+    small += ["--horizon.low", "5", "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}']
+    run = tmp_path / "run"
+    assert launch.main(["quickstart", *small, *QUICK, "--out", str(run)]) == 0
+    tree = json.loads((run / "config.json").read_text())
+    for change in ({"rule_settings": {"hidden": 3}}, {"seed": 1}):
+        (run / "config.json").write_text(json.dumps({**tree, **change}))
+        capsys.readouterr()
+        assert "belongs to another config" in failure(capsys, "resume", str(run))
+        assert "belongs to another config" in failure(capsys, "export", str(run))
+    (run / "config.json").write_text(json.dumps({**tree, "log_every": 7}))
+    assert launch.main(["export", str(run), "--to", str(tmp_path / "weights")]) == 0
+    assert lopt.load(run, num_steps=3)  # a run's folder will do
+    assert (tmp_path / "weights/model.safetensors").read_bytes() == (run / "artifact/model.safetensors").read_bytes()
+
+
+def test_without_its_extra_the_launcher_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; from meta_train.__main__ import main; sys.exit(main())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (run.returncode, run.stderr.strip()) == (2, "error: lopt-train needs tyro: pip install 'lopt[train]'")

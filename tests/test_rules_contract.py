@@ -461,6 +461,25 @@ def test_a_nonfinite_element_skips_its_leaf(name, bad):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
+def test_a_gradient_too_large_to_square_skips_its_leaf(name):
+    tx = bound(name)
+    bad = GRADS[0] | {"w": GRADS[0]["w"].at[1, 1].set(1e20)}
+    updates, state = tx.update(bad, tx.init(PARAMS), PARAMS, **LOSS)
+    assert not updates["w"].any()
+    assert int(state.skipped) == 1
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.leaves))
+
+
+def test_tiny_leaves_alone_what_has_no_gradient():
+    """A frozen part or an unused row; every other input of the network is no reason to move."""
+    tx, zero = bound("tiny"), jax.tree.map(jnp.zeros_like, PARAMS)
+    half = {"w": GRADS[0]["w"].at[1].set(0.0), "b": zero["b"]}
+    updates = updates_of(tx, half)
+    assert not updates["b"].any()
+    assert not updates["w"][1].any()
+    assert updates["w"][0].all()
+
+
 def test_nonfinite_modes(name):
     bad = GRADS[0] | {"w": GRADS[0]["w"].at[1, 2].set(jnp.nan)}
     tx = bound(name, weight_decay=0.1, nonfinite="skip_tree")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 
 from lopt.base import LearnedOptimizer, unknown
 
@@ -29,4 +30,7 @@ def make(name: str, **settings) -> LearnedOptimizer:
     for key in settings:
         if key not in valid:
             raise unknown(f"lopt.rules.make: {name}", "setting", key, valid)
+    for key, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"lopt.rules.make: {name}: {key}, got {value}; valid: a finite number.")
     return factory(**settings)

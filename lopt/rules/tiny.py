@@ -67,7 +67,7 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
       ValueError: on an argument out of range.
     """
     for key, value in dict(hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip).items():
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"tiny: {key}, got {value}; valid: > 0.")
 
     def init_theta(key: jax.Array) -> Theta:
@@ -93,6 +93,8 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
             time = jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7])
             (direction,) = F.mlp(theta.mlp, xs, g.shape, time)
             direction += F.linear(theta.skip, xs, g.shape, time)
+            # What never had a gradient (a frozen part, an unused row) stays, though its parameter is an input too.
+            direction = jnp.where(acc.v > 0, direction, 0.0)
             unit = direction * F.rms_scales([direction], 1e-12)[0]
             size = step_mult * jnp.exp(theta.log_step)
             return size * jnp.maximum(F.safe_sqrt(jnp.mean(p * p)), min_rms) * unit, acc

@@ -2,8 +2,8 @@
 
     lopt-train quickstart
 
-261 meta-parameters, 8 antithetic pairs, horizons 100 to 1,000, meta-loss on fresh validation batches. The recipe is
-../../docs/design.md's reference recipe at a quarter of its length. The resulting weights are in checkpoints/quickstart.
+261 meta-parameters, 8 antithetic pairs, horizons 100 to 1,000, meta-loss on fresh validation batches of digits and
+mnist5k. The resulting weights are in checkpoints/quickstart.
 """
 
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
