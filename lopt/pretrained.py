@@ -81,14 +81,30 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
     return rule, into_theta(rule, arrays, folder / WEIGHTS)
 
 
-def load(name: str | os.PathLike[str] = DEFAULT, **bind: Any) -> optax.GradientTransformationExtraArgs:
+def load(
+    name: str | os.PathLike[str] = DEFAULT,
+    *,
+    num_steps: Any = None,
+    lr: Any = None,
+    weight_decay: Any = 0.0,
+    schedule: Any = None,
+    labels: Any = None,
+    multipliers: Any = None,
+    nonfinite: Any = "skip_leaf",
+    diagnostics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
     """A pretrained optimizer as an optax transform.
 
     Args:
       name: a shipped name (`lopt.available()`) or the folder of an artifact or a run.
-      **bind: `num_steps` (horizon in updates), `lr` (factor of every step; the rule's own default is
-        what it was meta-trained with), `weight_decay`, `schedule`, `labels`, `nonfinite`: the keywords of
-        `LearnedOptimizer.bind`.
+      num_steps: horizon in updates.
+      lr: factor of every step; None: the rule's own default, which it was meta-trained with.
+      weight_decay: decoupled, multiplied by lr and the schedule.
+      schedule: "constant", "cosine", a function of (count, num_steps), or None for the rule's own.
+      labels: `(path, leaf) -> label(s)`, see `lopt.transform.LABELS`.
+      multipliers: tree like params of factors of each tensor's direction.
+      nonfinite: what a bad gradient skips: "skip_leaf", "skip_tree" or nothing ("propagate").
+      diagnostics: keep the root mean square of the last update by label in the state.
 
     Raises:
       ValueError: if the name is unknown, a file is missing or damaged, or an argument is wrong.
@@ -101,7 +117,17 @@ def load(name: str | os.PathLike[str] = DEFAULT, **bind: Any) -> optax.GradientT
     (2, 3)
     """
     rule, theta = read(name)
-    return rule.bind(theta, **bind)
+    return rule.bind(
+        theta,
+        num_steps=num_steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        labels=labels,
+        multipliers=multipliers,
+        nonfinite=nonfinite,
+        diagnostics=diagnostics,
+    )
 
 
 def save(

@@ -182,7 +182,8 @@ def as_optax(
       multipliers: tree like params of factors of each tensor's direction (muP's: `lopt.mup.multipliers`), or None. The
         decay is not scaled, unless `decay_after` (where lr itself is scaled, as in the original).
       nonfinite: what a gradient element that is NaN or infinite, or whose square is, skips: its "skip_leaf", the
-        "skip_tree", or nothing ("propagate": the rule sees it).
+        "skip_tree", or nothing ("propagate": the rule sees it). For a rule that needs the loss, one that is not finite
+        skips the whole step.
       diagnostics: keep `State.update_rms`.
       decay_after: see `define`.
 
@@ -237,14 +238,22 @@ def as_optax(
         # A tensor without a gradient stays where it is, but a rule across tensors still sees all of them.
         missing = [x is None for x in g]
         g = [jnp.zeros_like(y) if x is None else _wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
+        told = Told(state.count, num_steps, None if value is None else jnp.asarray(value, jnp.float32))
         ok = _finite(g, nonfinite)
         if ok is not None:
+            if (
+                "value" in needs and told.value is not None
+            ):  # a loss that is not finite would stay in the rule's averages
+                known = jnp.isfinite(told.value)
+                ok, told = [k & known for k in ok], told._replace(value=jnp.where(known, told.value, 0.0))
             g = [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)]
-        told = Told(state.count, num_steps, None if value is None else jnp.asarray(value, jnp.float32))
-        directions, new_s, shared = (
-            rule.update(leaves, g, s, p, state.shared, told) if leaves else ([], [], state.shared)
-        )
-        shared = jax.tree.map(lambda new, old: new.astype(old.dtype), shared, state.shared)
+        directions, new_s, shared = [], [], state.shared
+        if leaves:
+            directions, new_s, shared = rule.update(leaves, g, s, p, state.shared, told)
+        # A step that every tensor skips did not happen: neither clock nor shared state moves on.
+        happened = jnp.asarray(True) if ok is None else jnp.any(jnp.stack(ok))
+        shared = jax.tree.map(lambda n, o: jnp.where(happened, n, o).astype(o.dtype), shared, state.shared)
+        count = state.count + happened.astype(jnp.int32)
         rate = lr * unit_schedule(state.count, num_steps)
         skipped = state.skipped
         if ok is not None:
@@ -270,7 +279,7 @@ def as_optax(
             out[i] = step.reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
             states[i] = new_s[j]
         rms = _rms_by_group(leaves, steps) if diagnostics else None
-        return treedef.unflatten(out), State(state.count + 1, skipped, treedef.unflatten(states), shared, rms)
+        return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

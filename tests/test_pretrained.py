@@ -168,3 +168,16 @@ def test_an_older_format_is_migrated(monkeypatch):
     monkeypatch.setattr(pretrained, "MIGRATIONS", {1: to_2, 2: to_3})
     rule, _ = lopt.read(OLDEST)
     assert rule.settings["hidden"] == 2
+
+
+def test_a_learning_rate_can_be_injected_into_load(artifact):
+    import optax
+
+    static = ("name", "num_steps", "nonfinite", "diagnostics", "schedule", "labels", "multipliers")
+    tx = optax.inject_hyperparams(lopt.load, static_args=static)(str(artifact[0]), lr=0.5, weight_decay=0.0)
+    params = {"w": jnp.ones((3, 2))}
+    state = tx.init(params)
+    assert state.hyperparams["lr"] == 0.5
+    half, _ = tx.update(params, state, params)
+    whole, _ = lopt.load(artifact[0]).update(params, lopt.load(artifact[0]).init(params), params)
+    np.testing.assert_allclose(2 * half["w"], whole["w"], rtol=1e-6)

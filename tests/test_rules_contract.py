@@ -461,6 +461,20 @@ def test_a_nonfinite_element_skips_its_leaf(name, bad):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_leaves_no_trace(name, bad):
+    """Of a rule that needs it; the others never see it."""
+    tx = bound(name)
+    start = tx.init(PARAMS)
+    updates, state = tx.update(GRADS[0], start, PARAMS, value=bad)
+    if "value" in built(name)[0].needs:
+        assert not any(u.any() for u in updates.values())
+        same((state.count, state.leaves, state.shared), (start.count, start.leaves, start.shared))
+        assert int(state.skipped) == len(SHAPES)
+    else:
+        same(updates, updates_of(tx, GRADS[0]))
+
+
 def test_a_gradient_too_large_to_square_skips_its_leaf(name):
     tx = bound(name)
     bad = GRADS[0] | {"w": GRADS[0]["w"].at[1, 1].set(1e20)}
@@ -486,8 +500,8 @@ def test_nonfinite_modes(name):
     start = tx.init(PARAMS)
     updates, state = tx.update(bad, start, PARAMS, **LOSS)
     assert not any(u.any() for u in updates.values())
-    same(state.leaves, start.leaves)
-    assert (int(state.count), int(state.skipped)) == (1, len(SHAPES))
+    same((state.leaves, state.shared), (start.leaves, start.shared))  # the step did not happen
+    assert (int(state.count), int(state.skipped)) == (0, len(SHAPES))
     same(updates_of(tx, GRADS[0]), updates_of(bound(name, weight_decay=0.1), GRADS[0]))
     assert not jnp.isfinite(updates_of(bound(name, nonfinite="propagate"), bad)["w"]).all()
 
