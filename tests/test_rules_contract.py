@@ -522,7 +522,7 @@ def test_rows_and_columns_have_no_order(name):
     ("bind", "message"),
     [
         (dict(num_steps=0), "num_steps, got 0; valid: an integer >= 1"),
-        (dict(weight_decay=-0.1), "weight_decay, got -0.1; valid: >= 0"),
+        (dict(weight_decay=-0.1), "weight_decay, got -0.1; valid: a finite number >= 0"),
         (dict(schedule="cosin"), "unknown schedule 'cosin'. Did you mean 'cosine'? valid: constant, cosine."),
         (dict(schedule="cosine", num_steps=None), ""),
         (
