@@ -29,6 +29,13 @@ class LearnedOptimizer(NamedTuple):
     bind: Callable[..., optax.GradientTransformationExtraArgs]
 
 
+def positive(rule: str, **values: Any) -> None:
+    """Refuse settings that are not above 0; None passes where a rule has it for "none"."""
+    for key, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{rule}: {key}, got {value}; valid: > 0.")
+
+
 def unknown(where: str, what: str, got: str, valid: Iterable[str]) -> ValueError:
     """A ValueError that names the place, the value, the nearest valid choice and all of them."""
     valid = sorted(valid)

@@ -22,6 +22,8 @@ from lopt.base import LearnedOptimizer, unknown
 Schedule = Callable[[jax.Array, Any], Any]
 Labels = Callable[[str, Any], str | Iterable[str] | None] | None
 Nonfinite = Literal["skip_leaf", "skip_tree", "propagate"]
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+NONFINITE = ("skip_leaf", "skip_tree", "propagate")
 LABELS = ("embedding", "output", "no_decay", "freeze")
 
 
@@ -63,13 +65,13 @@ class Arithmetic(NamedTuple):
     update: `(leaves, grads, states, params, shared, told) -> (directions, states, shared)`; parameters move
       along minus the direction.
     init_shared: `leaves -> state across tensors`.
-    decay_mult: `Leaf -> factor` of weight_decay, 1 unless an original's quirk is asked for.
+    decay: `(Leaf, weight_decay) -> weight decay of the tensor`, what `bind` was given unless an original has its own.
     """
 
     init_leaf: Callable[[Leaf, jax.Array], Any]
     update: Callable[..., tuple[list[Any], list[Any], Any]]
     init_shared: Callable[[list[Leaf]], Any] = lambda leaves: ()
-    decay_mult: Callable[[Leaf], float] = lambda leaf: 1.0
+    decay: Callable[[Leaf, Any], Any] = lambda leaf, weight_decay: weight_decay
 
 
 def per_leaf(update_leaf: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[list[Any], list[Any], Any]]:
@@ -106,6 +108,7 @@ def define(
     needs: Iterable[str] = (),
     lr: float = 1.0,
     schedule: str = "constant",
+    nonfinite: Nonfinite = "skip_leaf",
     decay_after: bool = False,
 ) -> LearnedOptimizer:
     """The `LearnedOptimizer` of a rule; the last line of every rule's factory.
@@ -118,10 +121,11 @@ def define(
       needs: see `LearnedOptimizer`.
       lr: the rule's own default.
       schedule: the rule's own default.
+      nonfinite: the rule's own default.
       decay_after: decay the moved parameters, p ← (p + u)(1 - lr · weight_decay), as some originals do.
     """
     needed = frozenset(needs)
-    default_lr, default_schedule = lr, schedule
+    default_lr, default_schedule, default_nonfinite = lr, schedule, nonfinite
 
     def bind(
         theta: Any,
@@ -132,7 +136,7 @@ def define(
         schedule: str | Schedule | None = None,
         labels: Labels = None,
         multipliers: Any = None,
-        nonfinite: Nonfinite = "skip_leaf",
+        nonfinite: Nonfinite | None = None,
         diagnostics: bool = True,
     ) -> optax.GradientTransformationExtraArgs:
         return as_optax(
@@ -145,7 +149,7 @@ def define(
             schedule=default_schedule if schedule is None else schedule,
             labels=labels,
             multipliers=multipliers,
-            nonfinite=nonfinite,
+            nonfinite=default_nonfinite if nonfinite is None else nonfinite,
             diagnostics=diagnostics,
             decay_after=decay_after,
         )
@@ -191,24 +195,8 @@ def as_optax(
       ValueError: on a bad argument, naming it, its value and the valid choices.
     """
     where = f"lopt.rules.{name}"
-    if "num_steps" in needs and num_steps is None:
-        raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
-    if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
-        whole = np.ndim(num_steps) == 0 and np.issubdtype(np.asarray(num_steps).dtype, np.integer)
-        if not (whole and 1 <= int(num_steps) < 2**31):
-            raise ValueError(f"{where}: num_steps, got {num_steps!r}; valid: an integer >= 1.")
-    for key, got in {"lr": lr, "weight_decay": weight_decay}.items():
-        if isinstance(got, (int, float)) and not 0 <= got < float("inf"):
-            raise ValueError(f"{where}: {key}, got {got}; valid: a finite number >= 0.")
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise unknown(where, "schedule", schedule, SCHEDULES)
-        if schedule == "cosine" and num_steps is None:
-            raise ValueError(f"{where}: schedule='cosine' needs num_steps=<total updates>.")
-    if nonfinite not in ("skip_leaf", "skip_tree", "propagate"):
-        raise unknown(where, "nonfinite", nonfinite, ("skip_leaf", "skip_tree", "propagate"))
+    _check(where, needs, num_steps, lr, weight_decay, schedule, nonfinite)
     unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    decays = not (isinstance(weight_decay, numbers.Number) and weight_decay == 0)
 
     def describe(params) -> list[Leaf | None]:
         """One entry a leaf of params; None where nothing is to be done (frozen or empty leaves)."""
@@ -223,65 +211,101 @@ def as_optax(
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
         return State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms)
 
+    def step_of(leaf: Leaf, p, direction, rate, factor):
+        """-rate · (factor · direction + decay · p)."""
+        step = -rate * factor * direction
+        decay = 0 if "no_decay" in leaf.labels else rule.decay(leaf, weight_decay)
+        if isinstance(decay, numbers.Number) and decay == 0:
+            return step
+        moved, scale = (p + step, factor) if decay_after else (p, 1.0)
+        return step - rate * scale * decay * moved
+
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args  # optax's convention: a transform ignores what it does not need
-        if params is None:
-            raise ValueError(f"{where}: update got params=None; call tx.update(grads, state, params).")
-        if "value" in needs and value is None:
-            raise ValueError(f"{where}: this rule needs the loss; call tx.update(grads, state, params, value=loss).")
+        told = Told(state.count, num_steps, _loss(where, needs, params, value))
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
-        about = describe(params)
-        live = {i: a for i, a in enumerate(about) if a is not None}
+        live = {i: a for i, a in enumerate(describe(params)) if a is not None}
         leaves = list(live.values())
         p, g, s = [[xs[i] for i in live] for xs in ([_wide(x) for x in p_leaves], g_leaves, states)]
         # A tensor without a gradient stays where it is, but a rule across tensors still sees all of them.
         missing = [x is None for x in g]
         g = [jnp.zeros_like(y) if x is None else _wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
-        told = Told(state.count, num_steps, None if value is None else jnp.asarray(value, jnp.float32))
         ok = _finite(g, nonfinite)
         if ok is not None:
-            if (
-                "value" in needs and told.value is not None
-            ):  # a loss that is not finite would stay in the rule's averages
-                known = jnp.isfinite(told.value)
-                ok, told = [k & known for k in ok], told._replace(value=jnp.where(known, told.value, 0.0))
-            g = [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)]
+            ok, g, told = _without_nonfinite(ok, g, told)
         directions, new_s, shared = [], [], state.shared
         if leaves:
             directions, new_s, shared = rule.update(leaves, g, s, p, state.shared, told)
-        # A step that every tensor skips did not happen: neither clock nor shared state moves on.
-        happened = jnp.asarray(True) if ok is None else jnp.any(jnp.stack(ok))
-        shared = jax.tree.map(lambda n, o: jnp.where(happened, n, o).astype(o.dtype), shared, state.shared)
-        count = state.count + happened.astype(jnp.int32)
-        rate = lr * unit_schedule(state.count, num_steps)
-        skipped = state.skipped
+        count, skipped = state.count + 1, state.skipped
+        shared = jax.tree.map(lambda n, o: n.astype(o.dtype), shared, state.shared)
         if ok is not None:
-            new_s = [
-                jax.tree.map(lambda n, o, k=k: jnp.where(k, n, o), *ns) for k, *ns in zip(ok, new_s, s, strict=True)
-            ]
+            # A step that every tensor skips did not happen: neither clock nor shared state moves on.
+            happened = jnp.any(jnp.stack(ok))
+            shared = _select(happened, shared, state.shared)
+            new_s = [_select(*xs) for xs in zip(ok, new_s, s, strict=True)]
+            count = state.count + happened.astype(jnp.int32)
             skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
-        out = [jnp.zeros_like(x) for x in p_leaves]
-        factors = None if multipliers is None else treedef.flatten_up_to(multipliers)
-        steps = []
+        rate = lr * unit_schedule(state.count, num_steps)
+        factors = [1.0] * len(p_leaves) if multipliers is None else treedef.flatten_up_to(multipliers)
+        out, steps = [jnp.zeros_like(x) for x in p_leaves], []
         for j, i in enumerate(live):
             if missing[j]:
                 steps.append(jnp.zeros_like(p[j]))
                 continue
-            factor = 1.0 if factors is None else factors[i]
-            step = -rate * factor * directions[j]
-            if decays and "no_decay" not in leaves[j].labels:
-                decay = rate * weight_decay * rule.decay_mult(leaves[j]) * (factor if decay_after else 1.0)
-                step = step - decay * (p[j] + step if decay_after else p[j])
-            if ok is not None:
-                step = jnp.where(ok[j], step, 0.0)
-            steps.append(step)
-            out[i] = step.reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
+            step = step_of(leaves[j], p[j], directions[j], rate, factors[i])
+            steps.append(step if ok is None else jnp.where(ok[j], step, 0.0))
+            out[i] = steps[j].reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
             states[i] = new_s[j]
         rms = _rms_by_group(leaves, steps) if diagnostics else None
         return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, schedule, nonfinite) -> None:
+    """Refuse arguments of `bind` that mean nothing."""
+    if "num_steps" in needs and num_steps is None:
+        raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
+    if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
+        whole = np.ndim(num_steps) == 0 and np.issubdtype(np.asarray(num_steps).dtype, np.integer)
+        if not (whole and 1 <= int(num_steps) < 2**31):
+            raise ValueError(f"{where}: num_steps, got {num_steps!r}; valid: an integer >= 1.")
+    for key, got in {"lr": lr, "weight_decay": weight_decay}.items():
+        if isinstance(got, (int, float)) and not 0 <= got < float("inf"):
+            raise ValueError(f"{where}: {key}, got {got}; valid: a finite number >= 0.")
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise unknown(where, "schedule", schedule, SCHEDULES)
+        if schedule == "cosine" and num_steps is None:
+            raise ValueError(f"{where}: schedule='cosine' needs num_steps=<total updates>.")
+    if nonfinite not in NONFINITE:
+        raise unknown(where, "nonfinite", nonfinite, NONFINITE)
+
+
+def _loss(where: str, needs: frozenset[str], params, value) -> jax.Array | None:
+    """() float32, or None; refuses an update that was not given what it needs."""
+    if params is None:
+        raise ValueError(f"{where}: update got params=None; call tx.update(grads, state, params).")
+    if "value" not in needs:
+        return None
+    if value is None:
+        raise ValueError(f"{where}: this rule needs the loss; call tx.update(grads, state, params, value=loss).")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{where}: value, got shape {jnp.shape(value)}; valid: the loss, a scalar.")
+    return jnp.asarray(value, jnp.float32)
+
+
+def _without_nonfinite(ok: list[jax.Array], g: list[jax.Array], told: Told):
+    """Zeros where a tensor is to be skipped; a loss that is not finite would stay in a rule's averages: skip all."""
+    if told.value is not None:
+        known = jnp.isfinite(told.value)
+        ok, told = [k & known for k in ok], told._replace(value=jnp.where(known, told.value, 0.0))
+    return ok, [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)], told
+
+
+def _select(keep: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)
 
 
 def _rms_by_group(leaves: list[Leaf], steps: list[jax.Array]) -> dict[str, jax.Array]:
@@ -318,9 +342,9 @@ def _describe(where: str, path: Any, p: Any, labels: Any) -> Leaf | None:
         raise unknown(f"{where}: labels({name!r})", "label", label, LABELS)
     if "freeze" in got:
         return None
-    if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+    if jnp.result_type(p) not in FLOATS:
         raise ValueError(
-            f"{where}: parameter {name!r} has dtype {jnp.result_type(p)}; valid: float leaves. "
+            f"{where}: parameter {name!r} has dtype {jnp.result_type(p)}; valid: {', '.join(FLOATS)}. "
             "Label it 'freeze', or leave it out with optax.masked or optax.multi_transform."
         )
     return Leaf(name, jnp.shape(p) or (1,), got) if jnp.size(p) else None

@@ -134,6 +134,10 @@ def test_settings_that_the_file_does_not_say(tmp_path):
     assert (rule.settings["step_mult"], rule.settings["compat"]) == (0.01, "pylo")
     assert convert.load(source, format="pylo", step_mult=0.5, compat="")[0].settings["step_mult"] == 0.5
     assert convert.load(source, format="pylo", learned_decays=False)[1].decays is None
+    (source / "config.json").write_text('{"hidden_size": 3, "step_mult": 0.25}')  # not PyLO's own habit
+    assert convert.load(source, format="pylo")[0].settings["step_mult"] == 0.25
+    with pytest.raises(ValueError, match=r"step_mult, got 0\.5; the file says 0\.25"):
+        convert.load(source, format="pylo", step_mult=0.5)
     _, other = convert.load(source, format="pylo", decays={"m": [0.9, 0.99, 0.999], "v": [0.95]})
     np.testing.assert_allclose(other.decays.m, 0, atol=1e-7)  # offsets from these very decays
     from lopt.rules.small_fc import SECOND_MOMENT, decay_at
@@ -147,7 +151,7 @@ BAD_ARGUMENTS = {
     r"unknown rule 'mula'. Did you mean 'mulo'": {"rule": "mula"},
     r"is not a theta of velo: it has no 'input_weights_'": {"rule": "velo"},
     r"Did you mean 'step_mult'": {"step_malt": 1.0},
-    r"step_mult, got 'much'; valid: a float": {"step_mult": "much"},
+    r"step_mult, got 'much'; valid: float": {"step_mult": "much"},
     r"hidden, got 4; the file says 3": {"hidden": 4},
     r"decays m, got \[2\]; valid: 3 in \(0, 1\)": {"decays": {"m": [2]}},
     r"unknown decay 'w'": {"decays": {"w": [0.5]}},
@@ -168,7 +172,15 @@ def test_a_network_of_another_form_is_refused(tmp_path):
     deeper = write(tmp_path / "deep", "pylo", arrays | {"network.linear_1.weight": np.ones((3, 3), np.float32)})
     with pytest.raises(ValueError, match=r"1 arrays more than it has, e\.g\. 'network.linear_1\.weight'"):
         convert.load(deeper, format="pylo")
-    for config, says in (('{"activation": "tanh"}', "activation 'tanh'"), ("[" * 10**5, "not JSON"), ("3", "is a int")):
+    configs = {
+        '{"activation": "tanh"}': "activation 'tanh'",
+        '{"hidden_size": 32}': "its config.json has hidden_size 32, its weights 3",
+        '{"step_mult": -1}': "step_mult, got -1; valid: > 0",
+        '{"compat": ["pylo"]}': "compat, got \\['pylo'\\]; valid: str",
+        "[" * 10**5: "not JSON",
+        "3": "is a int",
+    }
+    for config, says in configs.items():
         (source / "config.json").write_text(config)
         with pytest.raises(ValueError, match=says):
             convert.load(source, format="pylo")
@@ -394,6 +406,7 @@ def test_command_line(tmp_path, capsys):
         words,  # --to exists
         ["import", source, "--format", "pylo", "--to", str(to / "x"), "--set", "hidden"],
         ["import", source, "--format", "pylo", "--to", str(to / "x"), "--set", "step_mult=NaN"],
+        ["import", source, "--format", "pylo", "--to", str(to / "x"), "--rule", "elo", "--set", 'clip_norm="a"'],
         ["import", source, "--format", "celo", "--to", str(to / "x")],
         ["import", source, "--format", "pylo", "--to", str(to / "config.json" / "x")],
         ["show", str(tmp_path)],

@@ -140,6 +140,27 @@ def test_a_misspelt_keyword_raises(artifact):
         lopt.load(artifact[0], num_step=3)
 
 
+def test_labels_and_decay_through_load(artifact):
+    params, grads = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}, {"b": jnp.ones(2), "w": jnp.full((3, 2), 0.1)}
+    says = {"b": "no_decay", "w": None}
+    plain, decayed, spared, frozen = (
+        lopt.load(artifact[0], **keywords)
+        for keywords in (
+            {},
+            {"weight_decay": 0.1},
+            {"weight_decay": 0.1, "labels": lambda path, p: says[path]},
+            {"labels": lambda path, p: "freeze" if path == "w" else None},
+        )
+    )
+    updates = [tx.update(grads, tx.init(params), params)[0] for tx in (plain, decayed, spared, frozen)]
+    plain, decayed, spared, frozen = updates
+    np.testing.assert_allclose(decayed["b"], plain["b"] - 0.1, rtol=1e-5)
+    np.testing.assert_array_equal(spared["b"], plain["b"])
+    np.testing.assert_array_equal(spared["w"], decayed["w"])
+    np.testing.assert_array_equal(frozen["w"], 0)
+    np.testing.assert_allclose(frozen["b"], plain["b"], rtol=1e-5)
+
+
 OLDEST = Path(__file__).parent / "fixtures/artifact_v1"
 
 

@@ -20,6 +20,7 @@ from lopt.transform import LABELS
 
 RULES = sorted(rules.REGISTRY)
 HORIZON = 20
+RANK_6 = (1, 3, 2, 3, 1, 2)
 SHAPES = {"b": (3,), "w": (4, 3)}  # few and the same everywhere: each new shape is compiled
 
 
@@ -316,15 +317,21 @@ def test_a_missing_gradient_leaves_its_tensor_alone(name):
 
 def test_every_rank(name):
     tx = bound(name)
-    shapes = {"r0": (), "r1": (1,)} | {f"rank{n}": (1, 3, 2, 3, 1, 2)[6 - n :] for n in range(1, 7)}
+    shapes = {"r0": (), "r1": (1,)} | {f"rank{n}": RANK_6[6 - n :] for n in range(1, 7)}
     params, grads = tree(8, shapes), tree(9, shapes)
     state = tx.init(params)
     assert types(jax.eval_shape(tx.update, grads, state, params, **LOSS)) == (types(params), types(state))
-    params, grads = ({"r0": x["r0"], "r1": x["r0"].reshape(1), "rank4": x["rank4"]} for x in (params, grads))
-    updates, state = tx.update(grads, tx.init(params), params, **LOSS)
-    assert all(jnp.isfinite(u).all() for u in updates.values())
-    assert updates["rank4"].any()
-    same((updates["r0"], state.leaves["r0"]), (updates["r1"][0], state.leaves["r1"]))  # a scalar acts as shape (1,)
+
+
+@pytest.mark.parametrize("rank", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6))])
+def test_a_leaf_of_this_rank_beside_scalars(name, rank):
+    tx = bound(name)
+    shapes = {"r0": (), "r1": (1,), "rank": RANK_6[6 - rank :]}
+    params, grads = tree(8, shapes), tree(9, shapes)
+    params["r1"], grads["r1"] = (x["r0"].reshape(1) for x in (params, grads))
+    updates, state = jit(lambda g, p: tx.update(g, tx.init(p), p, **LOSS))(grads, params)
+    assert all(jnp.isfinite(u).all() and u.any() for u in updates.values())
+    close((updates["r0"], state.leaves["r0"]), (updates["r1"][0], state.leaves["r1"]))  # a scalar acts as shape (1,)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +386,7 @@ def test_integer_leaves_are_refused_by_name_unless_frozen(name):
         {"net": PARAMS | {"steps": jnp.arange(2)}},
         {"net": GRADS[0] | {"steps": np.zeros(2, jax.dtypes.float0)}},
     )
-    with pytest.raises(ValueError, match=r"parameter 'net/steps' has dtype int32; valid: float leaves"):
+    with pytest.raises(ValueError, match=r"parameter 'net/steps' has dtype int32; valid: float16, bfloat16"):
         bound(name).init(params)
     updates = updates_of(bound(name, labels=lambda path, _: "freeze" if path == "net/steps" else None), grads, params)
     assert updates["net"].pop("steps").tolist() == [0, 0]
@@ -552,6 +559,8 @@ def test_what_a_rule_needs_is_asked_for(name):
     if "value" in rule.needs:
         with pytest.raises(ValueError, match=r"call tx\.update\(grads, state, params, value=loss\)"):
             tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+        with pytest.raises(ValueError, match=r"value, got shape \(2,\); valid: the loss, a scalar"):
+            tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -559,11 +568,17 @@ def test_what_a_rule_needs_is_asked_for(name):
     [
         ("smal_fc", {}, "unknown rule 'smal_fc'. Did you mean 'small_fc'? valid: celo, "),
         ("small_fc", {"hiden": 4}, "small_fc: unknown setting 'hiden'. Did you mean 'hidden'"),
-        ("small_fc", {"hidden": 0}, "small_fc: hidden, got 0; valid: >= 1"),
+        ("small_fc", {"hidden": 0}, "small_fc: hidden, got 0; valid: > 0"),
+        ("small_fc", {"hidden": 4.0}, "small_fc: hidden, got 4.0; valid: int"),
+        ("small_fc", {"learned_decays": 1}, "small_fc: learned_decays, got 1; valid: bool"),
+        ("small_fc", {"step_mult": -1}, "small_fc: step_mult, got -1; valid: > 0"),
+        ("mulo", {"max_grad_norm": "1"}, "mulo: max_grad_norm, got '1'; valid: float | None"),
+        ("elo", {"exp_mult": float("nan")}, "elo: exp_mult, got nan; valid: a finite number"),
+        ("celo2", {"adam_weight_decay": -0.1}, "celo2: adam_weight_decay, got -0.1; valid: >= 0"),
         ("small_fc", {"compat": "pilo"}, "small_fc: unknown compat 'pilo'. Did you mean 'pylo'? valid: '', pylo."),
         ("celo2", {"hidden": 0}, "celo2: hidden, got 0"),
         ("celo2", {"second_moment": 1.0}, "celo2: second_moment, got 1.0; valid: [0, 1)"),
-        ("celo2", {"clip_norm": 0.0}, "celo2: clip_norm, got 0.0; valid: > 0 or None"),
+        ("celo2", {"clip_norm": 0.0}, "celo2: clip_norm, got 0.0; valid: > 0"),
         ("celo2", {"compat": "pilo"}, "celo2: unknown compat 'pilo'. Did you mean 'pylo'? valid: '', pylo."),
         ("tiny", {"clip": 0.0}, "tiny: clip, got 0.0; valid: > 0"),
     ],
@@ -580,6 +595,33 @@ def test_small_fc_in_pylo_s_way_decays_what_it_moved():
     bind = functools.partial(rules.make("small_fc", compat="pylo").bind, built("small_fc")[1])
     without, ours = (updates_of(bind(lr=0.5, weight_decay=wd), GRADS[0]) for wd in (0.0, 0.2))
     close(ours, jax.tree.map(lambda u, p: (p + u) * (1 - 0.5 * 0.2) - p, without, PARAMS))
+
+
+def test_small_fc_clips_each_tensor_alone():
+    rule, theta = built("small_fc")
+    clip = lambda g: g * min(1.0, 0.5 / (float(jnp.linalg.norm(g)) + 1e-6))  # noqa: E731
+    mixed = GRADS[0] | {"b": 1e-3 * GRADS[0]["b"]}  # below the limit: left as it is
+    for name in ("small_fc", "mulo"):
+        ours = rules.make(name, max_grad_norm=0.5, hidden=4, step_mult=1e-3).bind(theta)
+        close(updates_of(ours, mixed), updates_of(rule.bind(theta), jax.tree.map(clip, mixed)), atol=0)
+    assert not np.allclose(updates_of(ours, mixed)["w"], updates_of(rule.bind(theta), mixed)["w"], rtol=1e-4)
+
+
+def test_elo_in_pylo_s_way_replaces_what_is_not_finite():
+    theta = built("elo")[1]
+    bad, zero = (GRADS[0] | {"w": GRADS[0]["w"].at[1, 2].set(x)} for x in (np.nan, 0.0))
+    same(updates_of(rules.make("elo", compat="pylo").bind(theta), bad), updates_of(bound("elo"), zero))
+    asked = rules.make("elo", compat="pylo").bind(theta, nonfinite="skip_leaf")
+    assert not updates_of(asked, bad)["w"].any()
+
+
+def test_celo2_decays_adam_s_tensors_apart():
+    theta = built("celo2")[1]
+    ours = rules.make("celo2", adam_weight_decay=0.5, adam_lr_mult=3.0).bind(theta, lr=0.1)
+    plain = updates_of(rules.make("celo2", adam_lr_mult=3.0).bind(theta, lr=0.1), GRADS[0])
+    close(updates_of(ours, GRADS[0]), plain | {"b": plain["b"] - 0.1 * 0.5 * PARAMS["b"]})
+    pylo = rules.make("celo2", adam_weight_decay=0.5, adam_lr_mult=3.0, compat="pylo").bind(theta, lr=0.1)
+    close(updates_of(pylo, GRADS[0]), plain | {"b": plain["b"] - 0.1 * 3.0 * 0.5 * PARAMS["b"]})
 
 
 def test_celo2_clips_without_the_skipped_leaf():

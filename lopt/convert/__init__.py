@@ -25,7 +25,7 @@ REGISTRY: dict[str, str] = {
     "pylo": "lopt.convert.pylo",
 }
 MAX_BYTES = 32 * 2**20  # the largest released weights, VeLO's, are 9 MB; parsing takes up to four times the size
-MAX_WIDTH = 2**16
+WIDTHS, MAX_WIDTH = ("hidden", "lstm_hidden", "bank"), 2**16
 
 Source = str | os.PathLike[str]
 OneOrMore = str | Sequence[str] | None
@@ -35,7 +35,7 @@ class Found(NamedTuple):
     """What an importer made of a file: arrays under our names, still to be checked against the rule."""
 
     rule: str
-    seen: dict[str, Any]  # settings that the file's shapes say
+    seen: dict[str, Any]  # settings that the file says, widths by its shapes
     published: dict[str, Any]  # settings that it does not say, where the rule's defaults are others
     arrays: dict[str, np.ndarray]
     offsets: dict[str, np.ndarray]  # learned decays that it does not say, as published
@@ -144,16 +144,10 @@ def _local(source: Source, revision: str | None, sha256: str | None) -> Path:
 def _build(found: Found, settings: Mapping[str, Any]) -> LearnedOptimizer:
     """The rule with what the file says, what the caller says, and what was published."""
     for name, value in found.seen.items():
-        if not 1 <= value <= MAX_WIDTH:
+        if name in WIDTHS and not 1 <= value <= MAX_WIDTH:
             raise ValueError(f"lopt.convert.load: {name} of the file is {value}; valid: 1 to {MAX_WIDTH}.")
         if settings.get(name, value) != value:
             raise ValueError(f"lopt.convert.load: {name}, got {settings[name]!r}; the file says {value}.")
-    defaults = rules.make(found.rule).settings
-    for name, value in settings.items():
-        default = defaults.get(name)
-        kind = (int, float) if type(default) is float else type(default)
-        if default is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"lopt.convert.load: {name}, got {value!r}; valid: a {type(default).__name__}.")
     return rules.make(found.rule, **{**found.published, **settings, **found.seen})
 
 

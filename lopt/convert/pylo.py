@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lopt import rules
 from lopt.base import unknown
 from lopt.convert import MAX_BYTES, Found, files
 
@@ -21,8 +22,9 @@ OFFSETS = {
     "decays.v": (0.01079706,),
     "decays.factored": (0.18621896, -0.10864615, -0.06185547),
 }
+WIDTHS = {"hidden_size": "hidden", "lstm_hidden_size": "lstm_hidden"}  # PyLO's names of ours
 GROUPS = 14
-Ours = tuple[dict[str, int], dict[str, Any], dict[str, np.ndarray]]  # settings: of shapes, published; our arrays
+Ours = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]  # settings: of shapes, published; our arrays
 
 
 def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) -> Found:
@@ -30,7 +32,7 @@ def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) 
     where = f"lopt.convert: {paths[0]}"
     if len(paths) > 2:
         raise ValueError(f"{where}: source, got {len(paths)} paths; valid: one, or VeLO's two.")
-    arrays, digests = files.Arrays(), {}
+    arrays, digests, config = files.Arrays(), {}, {}
     for path, digest in zip(paths, sha256, strict=True):
         file = path / "model.safetensors" if path.is_dir() else path
         content, digests[f"{file.parent.name}/{file.name}"] = files.read_bytes(file, MAX_BYTES, digest)
@@ -38,9 +40,9 @@ def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) 
         if twice := sorted(set(arrays) & set(more)):
             raise ValueError(f"{where}: {twice[0][:80]!r} is in both sources.")
         arrays.update(more)
-        activation = files.json_object(file.parent / "config.json").get("activation", "relu")
-        if str(activation).lower() != "relu":
-            raise ValueError(f"{where}: its config.json has activation {str(activation)[:40]!r}; valid: relu.")
+        config |= files.json_object(file.parent / "config.json")
+    if str(activation := config.get("activation", "relu")).lower() != "relu":
+        raise ValueError(f"{where}: its config.json has activation {str(activation)[:40]!r}; valid: relu.")
     kinds = {"small_fc": _meta_mlp, "mulo": _meta_mlp, "elo": _meta_mlp, "celo2": _celo2, "velo": _velo}
     kind = rule or _guess(where, arrays)
     if kind not in kinds:
@@ -51,6 +53,12 @@ def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) 
         raise ValueError(f"{where} is not a theta of {kind}: it has no {e.args[0]!r}.") from None
     except (IndexError, ValueError) as e:
         raise ValueError(f"{where} is not a theta of {kind}: {e}.") from None
+    for theirs, name in WIDTHS.items():
+        if name in seen and config.get(theirs, seen[name]) != seen[name]:
+            said = str(config[theirs])[:40]
+            raise ValueError(f"{where}: its config.json has {theirs} {said}, its weights {seen[name]}.")
+    # PyLO writes none of a rule's multipliers; where somebody did, they are not to be ignored.
+    seen |= {name: x for name, x in config.items() if name in rules.make(kind).settings and name not in seen}
     offsets = {name: np.asarray(x, np.float32) for name, x in OFFSETS.items()} if kind in ("small_fc", "mulo") else {}
     return Found(kind, seen, published | {"compat": "pylo"}, ours, offsets, digests)
 

@@ -31,6 +31,17 @@ def make(name: str, **settings) -> LearnedOptimizer:
         if key not in valid:
             raise unknown(f"lopt.rules.make: {name}", "setting", key, valid)
     for key, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"lopt.rules.make: {name}: {key}, got {value}; valid: a finite number.")
+        _check(f"lopt.rules.make: {name}: {key}", value, valid[key].annotation)
     return factory(**settings)
+
+
+def _check(where: str, value: object, annotation: str) -> None:
+    """Refuse a value of another type than the factory's annotation ("int", "float | None" …) says."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional:
+        return
+    types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{where}, got {value!r}; valid: {annotation}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}, got {value}; valid: a finite number.")

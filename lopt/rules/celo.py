@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer
+from lopt.base import LearnedOptimizer, positive
 from lopt.rules import velo as V
 from lopt.transform import Arithmetic, define
 
@@ -49,9 +49,7 @@ def celo(
     Raises:
       ValueError: on an argument out of range.
     """
-    for key, value in {"lstm_hidden": lstm_hidden, "hidden": hidden}.items():
-        if value < 1:
-            raise ValueError(f"celo: {key}, got {value}; valid: >= 1.")
+    positive("celo", lstm_hidden=lstm_hidden, hidden=hidden, step_mult=step_mult)
 
     def init_theta(key: jax.Array) -> Theta:
         mixer_key, bank_key = jax.random.split(key)

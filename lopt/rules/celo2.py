@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.transform import Arithmetic, Leaf, clip_global_norm, define, per_leaf
 
 MOMENTUM = (0.9, 0.99, 0.999)
@@ -70,6 +70,7 @@ def celo2(
     param_scale: bool = False,
     adam: bool = True,
     adam_lr_mult: float = 1.0,
+    adam_weight_decay: float | None = None,
     adam_b1: float = 0.9,
     adam_b2: float = 0.95,
     clip_norm: float | None = None,
@@ -88,6 +89,7 @@ def celo2(
       adam: AdamW for tensors of rank < 2 and those labelled "embedding" or "output"; False: the learned
         rule for all.
       adam_lr_mult: AdamW's learning rate as a multiple of `lr`.
+      adam_weight_decay: AdamW's weight decay, or None for that of `bind`.
       adam_b1: decay of AdamW's first moment.
       adam_b2: decay of AdamW's second moment.
       clip_norm: gradients are scaled to at most this global norm, or None.
@@ -98,12 +100,13 @@ def celo2(
     Raises:
       ValueError: on an argument out of range.
     """
-    if hidden < 1:
-        raise ValueError(f"celo2: hidden, got {hidden}; valid: >= 1.")
-    if not 0 <= second_moment < 1:
-        raise ValueError(f"celo2: second_moment, got {second_moment}; valid: [0, 1).")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"celo2: clip_norm, got {clip_norm}; valid: > 0 or None.")
+    positive("celo2", hidden=hidden, rsqrt_eps=rsqrt_eps, rms_mult=rms_mult, clip_norm=clip_norm)
+    for key, decay in {"second_moment": second_moment, "adam_b1": adam_b1, "adam_b2": adam_b2}.items():
+        if not 0 <= decay < 1:
+            raise ValueError(f"celo2: {key}, got {decay}; valid: [0, 1).")
+    for key, factor in {"adam_lr_mult": adam_lr_mult, "adam_weight_decay": adam_weight_decay}.items():
+        if factor is not None and factor < 0:
+            raise ValueError(f"celo2: {key}, got {factor}; valid: >= 0.")
     if compat not in ("", "pylo"):
         raise unknown("celo2", "compat", compat, ("", "pylo"))
 
@@ -149,10 +152,13 @@ def celo2(
             grads = [jnp.clip(g, -1000.0, 1000.0) for g in grads]
             return each(leaves, grads, states, params, shared, told)
 
-        def decay_mult(leaf: Leaf) -> float:
-            return adam_lr_mult if compat == "pylo" and under_adam(leaf) else 1.0
+        def decay(leaf: Leaf, weight_decay):
+            if not under_adam(leaf):
+                return weight_decay
+            own = weight_decay if adam_weight_decay is None else adam_weight_decay
+            return own * adam_lr_mult if compat == "pylo" else own
 
-        return Arithmetic(init_leaf, update, decay_mult=decay_mult)
+        return Arithmetic(init_leaf, update, decay=decay)
 
     settings = dict(
         hidden=hidden,
@@ -164,6 +170,7 @@ def celo2(
         param_scale=param_scale,
         adam=adam,
         adam_lr_mult=adam_lr_mult,
+        adam_weight_decay=adam_weight_decay,
         adam_b1=adam_b1,
         adam_b2=adam_b2,
         clip_norm=clip_norm,

@@ -2,15 +2,15 @@
 
 Source: Janson et al. (2025), PyLO, arXiv:2506.10315 (ELO).
 
-Differs from the original: a gradient that is not finite skips its tensor; with `compat="pylo"` and
-`nonfinite="propagate"` such elements are replaced instead (NaN by 0, infinities by the largest number).
+Differs from the original: a gradient that is not finite skips its tensor; with `compat="pylo"` such elements are
+replaced instead (NaN by 0, infinities by the largest number), unless `nonfinite` is given.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.rules import small_fc as base
 from lopt.transform import Arithmetic, clip_global_norm, define
 
@@ -24,17 +24,14 @@ def elo(
       hidden: width of both hidden layers (32: 2,402 meta-parameters).
       exp_mult: scale of the magnitude output inside its exponential.
       clip_norm: gradients are scaled to at most this global norm, or None.
-      compat: "" or "pylo".
+      compat: "" or "pylo" (elements of a gradient that are not finite are replaced).
 
     `lr` defaults to .01.
 
     Raises:
       ValueError: on an argument out of range.
     """
-    if hidden < 1:
-        raise ValueError(f"elo: hidden, got {hidden}; valid: >= 1.")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"elo: clip_norm, got {clip_norm}; valid: > 0 or None.")
+    positive("elo", hidden=hidden, clip_norm=clip_norm)
     if compat not in ("", "pylo"):
         raise unknown("elo", "compat", compat, ("", "pylo"))
     inner = base.small_fc(hidden=hidden, learned_decays=False)
@@ -52,4 +49,5 @@ def elo(
         return rule._replace(update=update)
 
     settings = {"hidden": hidden, "exp_mult": exp_mult, "clip_norm": clip_norm, "compat": compat}
-    return define("elo", settings, inner.init_theta, arithmetic, lr=0.01)
+    nonfinite = "propagate" if compat == "pylo" else "skip_leaf"
+    return define("elo", settings, inner.init_theta, arithmetic, lr=0.01, nonfinite=nonfinite)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer
+from lopt.base import LearnedOptimizer, positive
 from lopt.transform import Arithmetic, define, per_leaf
 
 MOMENTUM = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -36,8 +36,7 @@ def mlp(*, hidden: int = 32, step_mult: float = 1e-3, exp_mult: float = 1e-3) ->
     Raises:
       ValueError: on an argument out of range.
     """
-    if hidden < 1:
-        raise ValueError(f"mlp: hidden, got {hidden}; valid: >= 1.")
+    positive("mlp", hidden=hidden, step_mult=step_mult)
 
     def init_theta(key: jax.Array) -> Theta:
         return Theta(F.init_mlp(key, (INPUTS + len(F.TIME_SCALES), hidden, hidden, 2)))

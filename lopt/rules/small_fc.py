@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.transform import Arithmetic, define, per_leaf
 
 MOMENTUM = (0.9, 0.99, 0.999)
@@ -61,7 +61,12 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int
     ]
 
 
-def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float) -> Arithmetic:
+def clip_norm_of(g: jax.Array, max_norm: float | None) -> jax.Array:
+    """The gradient scaled to at most this L2 norm (None: as it is), as PyTorch clips one tensor alone."""
+    return g if max_norm is None else g * jnp.minimum(1.0, max_norm / (F.safe_sqrt(jnp.sum(g * g)) + 1e-6))
+
+
+def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float, max_grad_norm: float | None = None) -> Arithmetic:
     """The rule on leaves, for this theta."""
     offsets = theta.decays or DecayOffsets(None, None, None)
     decays = dict(
@@ -74,7 +79,7 @@ def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float) -> Arithme
         return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
 
     def update_leaf(leaf, g, acc, p, told):
-        axes = F.factored_axes(leaf.shape)
+        g, axes = clip_norm_of(g, max_grad_norm), F.factored_axes(leaf.shape)
         acc = F.accumulate(acc, g, axes, **decays)
         xs = inputs(acc, g, p, axes)
         xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
@@ -85,7 +90,13 @@ def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float) -> Arithme
 
 
 def small_fc(
-    *, hidden: int = 4, step_mult: float = 1e-3, exp_mult: float = 1e-3, learned_decays: bool = True, compat: str = ""
+    *,
+    hidden: int = 4,
+    step_mult: float = 1e-3,
+    exp_mult: float = 1e-3,
+    learned_decays: bool = True,
+    max_grad_norm: float | None = None,
+    compat: str = "",
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -94,13 +105,13 @@ def small_fc(
       step_mult: size of a step of direction 1; .001 in the paper, .01 in PyLO and µLO.
       exp_mult: scale of the magnitude output inside its exponential.
       learned_decays: whether the 7 decays are meta-parameters.
+      max_grad_norm: each tensor's gradient is scaled to at most this norm, or None (PyLO's option of that name).
       compat: "" or "pylo" (weight decay applied to the already moved parameters).
 
     Raises:
       ValueError: on an argument out of range.
     """
-    if hidden < 1:
-        raise ValueError(f"small_fc: hidden, got {hidden}; valid: >= 1.")
+    positive("small_fc", hidden=hidden, step_mult=step_mult, max_grad_norm=max_grad_norm)
     if compat not in ("", "pylo"):
         raise unknown("small_fc", "compat", compat, ("", "pylo"))
 
@@ -110,7 +121,14 @@ def small_fc(
         return Theta(layers, offsets)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        return arithmetic_of(theta, step_mult=step_mult, exp_mult=exp_mult)
+        return arithmetic_of(theta, step_mult=step_mult, exp_mult=exp_mult, max_grad_norm=max_grad_norm)
 
-    settings = dict(hidden=hidden, step_mult=step_mult, exp_mult=exp_mult, learned_decays=learned_decays, compat=compat)
+    settings = dict(
+        hidden=hidden,
+        step_mult=step_mult,
+        exp_mult=exp_mult,
+        learned_decays=learned_decays,
+        max_grad_norm=max_grad_norm,
+        compat=compat,
+    )
     return define("small_fc", settings, init_theta, arithmetic, decay_after=compat == "pylo")

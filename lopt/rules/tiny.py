@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer
+from lopt.base import LearnedOptimizer, positive
 from lopt.transform import Arithmetic, define, per_leaf
 
 MOMENTUM = (0.9, 0.99, 0.999)
@@ -66,9 +66,7 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
     Raises:
       ValueError: on an argument out of range.
     """
-    for key, value in dict(hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip).items():
-        if not value > 0:
-            raise ValueError(f"tiny: {key}, got {value}; valid: > 0.")
+    positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
 
     def init_theta(key: jax.Array) -> Theta:
         *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))

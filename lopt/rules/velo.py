@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt import features as F
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.rules.celo2 import FACTORED, INPUTS, MOMENTUM
 from lopt.rules.celo2 import inputs as velo_inputs
 from lopt.transform import Arithmetic, Leaf, Told, define
@@ -180,9 +180,7 @@ def velo(
     Raises:
       ValueError: on an argument out of range.
     """
-    for key, value in {"lstm_hidden": lstm_hidden, "bank": bank, "hidden": hidden}.items():
-        if value < 1:
-            raise ValueError(f"velo: {key}, got {value}; valid: >= 1.")
+    positive("velo", lstm_hidden=lstm_hidden, bank=bank, hidden=hidden, step_mult=step_mult)
     quirks = compat.split("+")
     for quirk in quirks:
         if quirk not in COMPAT:
