@@ -47,7 +47,7 @@ def failure(capsys, *arguments: str) -> str:
             ["quickstart", "--compare", "quikstart"],
             "config.compare: unknown suite 'quikstart'; valid: digits, quickstart",
         ),
-        (["quickstart", "--rule-settings", '{"hidden": "a"}'], "the config cannot be built: TypeError"),
+        (["quickstart", "--rule-settings", '{"hidden": "a"}'], "tiny: hidden, got 'a'; valid: int"),
         (["quickstart", "--rule-settings", '{"step_mult": NaN}'], "NaN is not a number"),
         (["quickstart", "--groups.0.settings", '{"hidden": 3}'], "the config cannot be built: TypeError"),
         (["quickstart", "--estimator.std", "inf"], "estimator.std, got inf; valid: > 0, finite"),
