@@ -4,8 +4,9 @@ Source: Yang et al. (2022), "Tensor Programs V", arXiv:2203.03466, table 8; µLO
 arXiv:2406.00153.
 
 A dimension is infinite where the base model's shape and the target's differ. Matrices are [in, out], embeddings
-[vocabulary, width] and convolutions HWIO: the last two axes are fan-in and fan-out, and the axes before them must not
-change. Shapes go in and plain numbers come out: nothing here knows a model or an optimizer.
+[vocabulary, width], convolutions HWIO, and attention's kernels [in, heads, d_head] or [heads, d_head, out]: of two
+infinite axes the first is fan-in and the last fan-out; of one, the last axis of the tensor is fan-out and any other
+fan-in. Shapes go in and plain numbers come out: nothing here knows a model or an optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Mup(NamedTuple):
       role: "hidden" has two infinite dimensions, "input" only fan-out, "output" only fan-in, "vector" is of rank 1 and
         infinite, "finite" does not grow.
       fan_in: target over base, 1 where it is not infinite.
-      fan_out: the same of the last axis; of a vector its length's.
+      fan_out: the same; of a vector its length's.
       init: this tensor's initial standard deviation over the base tensor's: 1/sqrt(fan_in) if hidden, else 1.
       forward: multiplies the tensor's output in the forward pass: 1/fan_in if it is the output layer, else 1.
     """
@@ -45,15 +46,16 @@ def describe(base: Any, target: Any) -> Any:
     An initialiser of variance 1/fan_in at the target's width is right for hidden weights as it is; that of the output
     layer must be the base width's, or 0 at every width, as µLO's recipe has it. What no shape says is left to the
     model: attention logits are scaled by 1/d_head, relative to the base, instead of 1/sqrt(d_head), and a matrix that
-    is both embedding and output layer needs the forward multiplier 1/fan_out where it is the output.
+    is both embedding and output layer needs the forward multiplier 1/fan_out where it is the output. A bias
+    [heads, d_head] whose heads grow has the shape of an output layer, and its forward multiplier is to be ignored.
 
     Args:
       base: pytree of arrays or `jax.ShapeDtypeStruct`: the model at its base width.
       target: the same model at the width to train.
 
     Raises:
-      ValueError: naming the tensor, if only one of the trees has it, its ranks differ, an axis other than the last two
-        differs, or it is empty in one of them.
+      ValueError: naming the tensor, if only one of the trees has it, its ranks differ, more than two axes differ (heads and
+        d_head both grow: which are fan-in no shape says), a convolution's window differs, or it is empty in one.
 
     >>> import jax.numpy as jnp
     >>> describe({"w": jnp.ones((4, 4))}, {"w": jnp.ones((16, 8))})["w"]
@@ -101,15 +103,20 @@ def _tensor(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> Mup:
     sizes = f"lopt.mup: {name!r} is {list(old)} in base and {list(new)} in target"
     if len(old) != len(new):
         raise ValueError(f"{sizes}; valid: the same rank.")
-    if old[:-2] != new[:-2]:
-        raise ValueError(f"{sizes}; valid: only the last two axes differ.")
     if old != new and 0 in (*old, *new):
         raise ValueError(f"{sizes}; valid: axes of at least 1.")
     growth = [1.0 if n == b else n / b for b, n in zip(old, new, strict=True)]
     if len(new) < 2:
         out = growth[0] if growth else 1.0
         return Mup("vector" if out != 1 else "finite", 1.0, out, 1.0, 1.0)
-    fan_in, fan_out = growth[-2:]
+    infinite = [i for i, x in enumerate(growth) if x != 1]
+    if len(new) > 3 and old[:-2] != new[:-2]:
+        raise ValueError(f"{sizes}; valid: only the last two axes differ.")
+    if len(infinite) > 2:
+        raise ValueError(f"{sizes}; valid: at most two axes differ.")
+    last = len(new) - 1
+    fan_out = growth[infinite[-1]] if len(infinite) == 2 or infinite == [last] else 1.0
+    fan_in = growth[infinite[0]] if len(infinite) == 2 or (infinite and infinite != [last]) else 1.0
     if fan_in != 1 and fan_out != 1:
         return Mup("hidden", fan_in, fan_out, fan_in**-0.5, 1.0)
     if fan_in != 1:

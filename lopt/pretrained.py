@@ -1,7 +1,7 @@
 """Released weights: find, read, load and save artifacts.
 
-An artifact is a folder: `model.safetensors` (theta), `config.json` (format version, rule, every setting,
-bind defaults, sha256 of the weights, where they come from) and `README.md` (the card).
+An artifact is a folder: `model.safetensors` (theta), `config.json` (format version, rule, every setting, sha256 of the
+weights, where they come from) and `README.md` (the card).
 """
 
 from __future__ import annotations
@@ -184,17 +184,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(_read_bytes(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"lopt.load: {path} is damaged: {e}.") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"lopt.load: {path} is damaged: {str(e)[:200]}.") from e
     missing = {"format_version", "rule", "settings", "sha256"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise ValueError(f"lopt.load: {path} is not an artifact's config: no {', '.join(sorted(missing))}.")
+    version = config["format_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"lopt.load: {path} has format_version {version!r:.40}; valid: 1 to {FORMAT_VERSION}.")
     while config["format_version"] in MIGRATIONS:
         config = MIGRATIONS[config["format_version"]](config)
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"lopt.load: {path} has format_version {config['format_version']}, this lopt reads {FORMAT_VERSION}: "
-            "install a newer lopt."
+            f"lopt.load: {path} has format_version {version}, this lopt reads {FORMAT_VERSION}: install a newer lopt."
         )
     return config
 

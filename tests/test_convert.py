@@ -175,6 +175,10 @@ def test_a_network_of_another_form_is_refused(tmp_path):
     configs = {
         '{"activation": "tanh"}': "activation 'tanh'",
         '{"hidden_size": 32}': "its config.json has hidden_size 32, its weights 3",
+        '{"hidden": 5}': "its config.json has hidden 5, its weights 3",
+        '{"input_size": 40}': "its config.json has input_size 40, its weights 39",
+        '{"exp_mult": NaN}': "not JSON: NaN is not a number",
+        '{"exp_mult": 1, "exp_mult": 2}': "not JSON: a key is in it twice",
         '{"step_mult": -1}': "step_mult, got -1; valid: > 0",
         '{"compat": ["pylo"]}': "compat, got \\['pylo'\\]; valid: str",
         "[" * 10**5: "not JSON",
@@ -314,6 +318,14 @@ def safetensors_attacks(good):
     return out
 
 
+def config_attacks():
+    """Contents of config.json beside good weights; what our rules call settings is believed only if it fits them."""
+    values = ["NaN", "-Infinity", "1e999", "null", "true", '"a"', "[]", "{}", "-1", "0", "3", "9" * 5000, "[" * 10**5]
+    names = ["step_mult", "exp_mult", "compat", "hidden", "hidden_size", "learned_decays", "max_grad_norm", "activation"]
+    out = {f"config {name} {value[:9]}": f'{{"{name}": {value}}}' for name in names for value in values}
+    return out | {"config cut": '{"step_mult": 0.', "config name": '{"\\u001b[2J": 1}', "config list": "[1]"}
+
+
 def random_damage(content, rng, count):
     for i in range(count):
         x, where = bytearray(content), rng.integers(len(content))
@@ -337,6 +349,8 @@ def fuzz(folder):
     files += [("theta.state", "celo", *x) for x in random_damage(flax_bytes(small), rng, 70)]
     files += [("model.safetensors", "pylo", k, x) for k, x in safetensors_attacks(meta).items()]
     files += [("model.safetensors", "pylo", *x) for x in random_damage(pylo_bytes(meta), rng, 70)]
+    files += [("model.safetensors", "pylo", "good again", pylo_bytes(meta))]
+    files += [("config.json", "pylo", k, x.encode()) for k, x in config_attacks().items()]
     seconds, grown = 0.0, 0
     for name, format, good in (
         ("theta.state", "celo", flax_bytes(small)),
@@ -351,7 +365,8 @@ def fuzz(folder):
         (folder / name).write_bytes(content)
         began = time.process_time()
         try:
-            rule, theta = convert.load(folder / name, format=format)
+            source = folder / ("model.safetensors" if format == "pylo" else name)
+            rule, theta = convert.load(source, format=format)
         except ValueError as e:
             if len(str(e)) >= 500 or not str(e).isprintable():
                 raise AssertionError(f"{format}, {what}: {e}") from e

@@ -38,6 +38,10 @@ BY_HAND = {
     "kernel": ((3, 3, 16, 32), (3, 3, 64, 64), "hidden", 4, 2, 0.5, 1, 1 / 4, 1 / 2),
     "depthwise": ((3, 3, 1, 16), (3, 3, 1, 32), "input", 1, 2, 1, 1, 1, 2),
     "layers of a scan": ((6, 64, 64), (6, 256, 256), "hidden", 4, 4, 0.5, 1, 1 / 4, 1),
+    "query, more heads": ((64, 4, 16), (128, 8, 16), "hidden", 2, 2, 0.5**0.5, 1, 1 / 2, 1),
+    "query, larger heads": ((64, 4, 16), (256, 4, 32), "hidden", 4, 2, 0.5, 1, 1 / 4, 1 / 2),
+    "attention's output, more heads": ((4, 16, 64), (8, 16, 128), "hidden", 2, 2, 0.5**0.5, 1, 1 / 2, 1),
+    "attention's output, larger heads": ((4, 16, 64), (4, 64, 128), "hidden", 4, 2, 0.5, 1, 1 / 4, 1 / 2),
     "empty": ((0, 3), (0, 3), "finite", 1, 1, 1, 1, 1, 1),
     "at the base": ((64, 64), (64, 64), "finite", 1, 1, 1, 1, 1, 1),
 }
@@ -81,7 +85,7 @@ def test_the_recording_s_multipliers():
     [
         ((4,), (4, 4), r"'net/w' is \[4\] in base and \[4, 4\] in target; valid: the same rank"),
         ((3, 3, 4, 4), (5, 3, 4, 8), r"'net/w' is .*; valid: only the last two axes differ"),
-        ((2, 4, 4), (3, 4, 4), r"'net/w' is .*; valid: only the last two axes differ"),
+        ((64, 4, 16), (128, 8, 32), r"'net/w' is .*; valid: at most two axes differ"),
         ((0, 4), (2, 4), r"'net/w' is .*; valid: axes of at least 1"),
         ((2, 4), (0, 4), r"'net/w' is .*; valid: axes of at least 1"),
     ],

@@ -160,15 +160,25 @@ def _checked(path: Path, arrays: dict[str, np.ndarray]) -> Arrays:
         return Arrays({name: x.astype(np.float32, copy=False) for name, x in arrays.items()})
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(got := dict(pairs)) < len(pairs):
+        raise ValueError("a key is in it twice")
+    return got
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} if there is no such file."""
     if not path.exists():
         return {}
     content, _ = read_bytes(path, MAX_HEADER, None)
     try:
-        got = json.loads(content)
+        got = json.loads(content, parse_constant=_no_number, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"lopt.convert: {path} is not JSON: {e}.") from e
+        raise ValueError(f"lopt.convert: {path} is not JSON: {str(e)[:200]}.") from e
     if not isinstance(got, dict):
         raise ValueError(f"lopt.convert: {path} is a {type(got).__name__}; valid: a JSON object.")
     return got

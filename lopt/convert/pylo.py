@@ -22,7 +22,8 @@ OFFSETS = {
     "decays.v": (0.01079706,),
     "decays.factored": (0.18621896, -0.10864615, -0.06185547),
 }
-WIDTHS = {"hidden_size": "hidden", "lstm_hidden_size": "lstm_hidden"}  # PyLO's names of ours
+WIDTHS = {"hidden_size": "hidden", "lstm_hidden_size": "lstm_hidden", "param_inits": "bank"}  # PyLO's names of ours
+INPUTS = {"small_fc": (39, 2), "mulo": (39, 2), "elo": (39, 2), "celo2": (30, 3), "velo": (30, 3)}  # and outputs
 GROUPS = 14
 Ours = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]  # settings: of shapes, published; our arrays
 
@@ -53,10 +54,11 @@ def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) 
         raise ValueError(f"{where} is not a theta of {kind}: it has no {e.args[0]!r}.") from None
     except (IndexError, ValueError) as e:
         raise ValueError(f"{where} is not a theta of {kind}: {e}.") from None
-    for theirs, name in WIDTHS.items():
-        if name in seen and config.get(theirs, seen[name]) != seen[name]:
-            said = str(config[theirs])[:40]
-            raise ValueError(f"{where}: its config.json has {theirs} {said}, its weights {seen[name]}.")
+    widths = {theirs: seen[name] for theirs, name in WIDTHS.items() if name in seen} | seen
+    widths |= {"input_size": INPUTS[kind][0], "output_size": INPUTS[kind][1]}
+    for name, width in widths.items():
+        if name in config and config[name] != width:
+            raise ValueError(f"{where}: its config.json has {name} {str(config[name])[:40]}, its weights {width}.")
     # PyLO writes none of a rule's multipliers; where somebody did, they are not to be ignored.
     seen |= {name: x for name, x in config.items() if name in rules.make(kind).settings and name not in seen}
     offsets = {name: np.asarray(x, np.float32) for name, x in OFFSETS.items()} if kind in ("small_fc", "mulo") else {}
