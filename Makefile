@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-all lint format clean
+.PHONY: train test test-all chaos lint format clean
 
 train: .venv/.installed
 	@$(BIN)/lopt-train quickstart
@@ -16,6 +16,9 @@ test: lint
 test-all: lint
 	@mkdir -p runs/tests
 	@$(BIN)/python -m pytest -n 2 --slow --junitxml=runs/tests/junit.xml
+
+chaos: .venv/.installed
+	@$(BIN)/python -m tests.chaos
 
 lint: .venv/.installed
 	@$(BIN)/ruff check --quiet .

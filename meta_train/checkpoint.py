@@ -37,7 +37,16 @@ class Checkpoints:
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=True)
+        # One process writes what all have gathered; Orbax need not wait for the others.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+        )
+        directory.mkdir(exist_ok=True)  # which Orbax does only where all processes take part
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            create=False,
+            multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
+        )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._identity = identity
 

@@ -16,21 +16,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from lopt.console import fail, prepare_jax, span
 from meta_train import config as cfg
 
+T = TypeVar("T")
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
        lopt-train resume DIR                          go on after an interruption
        lopt-train export DIR [--to DIR]               write the artifact of the newest checkpoint
        lopt-train list                                the named configs
 
+       with --distributed, CONFIG and resume join the other processes of a run: docs/scaling.md
+
 A run directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/, artifact/ and pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """How several processes meet; SLURM, Kubernetes and TPU pods say the last three themselves."""
+
+    distributed: bool = False  # join the other processes of the run
+    coordinator: str = ""  # host:port of process 0
+    processes: int = 0  # how many there are
+    process_id: int = -1  # this one's number, from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +51,16 @@ class Launch:
     """Meta-train a learned optimizer."""
 
     run: Annotated[cfg.Run, tyro.conf.arg(name="")]
+    join: Annotated[Join, tyro.conf.arg(name="")] = Join()
     out: str = ""  # run directory; must not exist. Default: the first free runs/NAME, runs/NAME-2, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on where the newest good checkpoint is."""
+
+    directory: tyro.conf.Positional[str]
+    join: Annotated[Join, tyro.conf.arg(name="")] = Join()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "list":
             print("\n".join(f"{name:20} {line}" for name, line in cfg.named().items()))
         elif command == "resume":
-            return resume(*_operands(args, "resume DIR"))
+            return resume(_cli(Resume, args[1:], "lopt-train resume"))
         elif command == "export":
             return export(*_operands(args, "export DIR", option="--to"))
         else:
@@ -77,15 +99,19 @@ def _operands(args: list[str], usage: str, option: str = "") -> list[str]:
 
 def parse(name: str, args: list[str]) -> Launch:
     """A named config with keys replaced by the command line. Raises ValueError in one line."""
-    default = Launch(cfg.load(name))
+    return _cli(Launch, args, f"lopt-train {name}", default=Launch(cfg.load(name)))
+
+
+def _cli(kind: type[T], args: list[str], program: str, default: Any = tyro.MISSING_NONPROP) -> T:
+    """Arguments as a dataclass. Raises ValueError in one line."""
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):
-            return tyro.cli(Launch, default=default, args=args, prog=f"lopt-train {name}", console_outputs=True)
+            return tyro.cli(kind, args=args, prog=program, console_outputs=True, default=default)
     except SystemExit as e:
         if not e.code:
             raise
-        raise ValueError(f"lopt-train {name}: {_one_line(words.getvalue())}") from None
+        raise ValueError(f"{program}: {_one_line(words.getvalue())}") from None
 
 
 def _one_line(box: str) -> str:
@@ -98,13 +124,54 @@ def _one_line(box: str) -> str:
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
-    program = _build(launch.run)  # every name and value is known to be good from here on
-    folder = _new_folder(launch.out, launch.run.name)
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
-    partial.replace(folder / "config.json")
-    with _locked(folder):
-        return _go(launch.run, program, folder)
+    if launch.join.distributed and not launch.out:
+        raise ValueError("lopt-train --distributed: no --out; valid: a new folder, the same for all processes.")
+    with _joined(launch.join) as writes:
+        program = _build(launch.run)  # every name and value is known to be good from here on
+        folder = Path(launch.out)
+
+        def make() -> None:
+            nonlocal folder
+            folder = _new_folder(launch.out, launch.run.name)
+            partial = folder / ".config.json.partial"
+            partial.write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
+            partial.replace(folder / "config.json")
+
+        _by_the_first(writes, make)
+        with _locked(folder) if writes else contextlib.nullcontext():
+            return _go(launch.run, program, folder)
+
+
+@contextlib.contextmanager
+def _joined(join: Join) -> Iterator[bool]:
+    """Join the other processes, if there are any; tells whether this one writes the run directory."""
+    if not join.distributed:
+        stray = [name for name, got in dataclasses.asdict(join).items() if got != getattr(Join, name)]
+        if stray:
+            raise ValueError(f"lopt-train: --{stray[0].replace('_', '-')} means nothing without --distributed.")
+        yield True
+        return
+    from meta_train import distributed
+
+    distributed.check(join.coordinator, join.processes, join.process_id)
+    distributed.supervised()
+    prepare_jax()
+    distributed.initialize(join.coordinator, join.processes, join.process_id)
+    with distributed.ends_with_the_others():
+        yield distributed.first()
+
+
+def _by_the_first(writes: bool, action: Callable[[], None]) -> None:
+    """What only the process that writes does; if it fails, all of them end."""
+    from meta_train import distributed
+
+    error = None
+    try:
+        if writes:
+            action()
+    except ValueError as e:
+        error = e
+    distributed.refuse_together(error)
 
 
 def _build(run: cfg.Run):
@@ -132,10 +199,10 @@ def _build(run: cfg.Run):
         raise ValueError(f"lopt-train: the config cannot be built: {type(e).__name__}: {str(e)[:300]}") from e
 
 
-def resume(directory: str) -> int:
+def resume(args: Resume) -> int:
     """Go on where the newest good checkpoint is."""
-    folder, run = _read_run(directory)
-    with _locked(folder):
+    folder, run = _read_run(args.directory)
+    with _joined(args.join) as writes, _locked(folder) if writes else contextlib.nullcontext():
         return _go(run, _build(run), folder)
 
 
@@ -235,10 +302,13 @@ def _compare(target: Path, suite: str, folder: Path) -> int:
 
 def _go(run: cfg.Run, program, folder: Path) -> int:
     """Train, then write what a run leaves behind."""
-    from meta_train import artifact, loop
+    from meta_train import artifact, distributed, loop
+
+    first = distributed.first()
 
     def say(text: str) -> None:
-        print(text, flush=True)
+        if first:
+            print(text, flush=True)
 
     began = time.monotonic()
     parameters = artifact.count(program.rule)
@@ -247,14 +317,16 @@ def _go(run: cfg.Run, program, folder: Path) -> int:
         f"{program.inner_steps} inner steps, run directory {folder}"
     )
     state, came = loop.train(run, program, folder, say)
+    theta, at = distributed.gather((state.theta, state.step))
+    distributed.part()
     if came:
-        say(f"stopped and saved at meta-step {int(state.step)}; go on with: lopt-train resume {folder}")
+        say(f"stopped and saved at meta-step {int(at)}; go on with: lopt-train resume {folder}")
         return 128 + came
+    if not first:
+        return 0
     say(f"meta-trained in {span(time.monotonic() - began)}")
     metrics = loop.read_metrics(folder)
-    target = artifact.write(
-        folder / "artifact", run, program.rule, state.theta, meta_steps=run.meta_steps, metrics=metrics
-    )
+    target = artifact.write(folder / "artifact", run, program.rule, theta, meta_steps=run.meta_steps, metrics=metrics)
     artifact.plot_meta_loss(folder / "meta_loss.png", run, metrics)
     code = 0
     if run.compare:

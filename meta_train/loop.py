@@ -7,13 +7,14 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -23,6 +24,7 @@ from lopt.base import LearnedOptimizer, unknown
 from lopt.console import progress
 from lopt.pretrained import named_leaves, read
 from meta_train import config as cfg
+from meta_train import distributed
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
@@ -116,7 +118,7 @@ def build(run: cfg.Run) -> Program:
     group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
     if run.estimator.name not in ESTIMATORS:
         raise unknown("config.estimator.name", "estimator", run.estimator.name, ESTIMATORS)
-    devices = jax.devices()[: _devices(run.estimator.pairs, jax.device_count())]
+    devices = _devices(run.estimator.pairs)
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
     start_theta = _start(run, rule)
@@ -140,7 +142,7 @@ def build(run: cfg.Run) -> Program:
     # Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both.
     place = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
 
-    def init() -> State:
+    def initial() -> State:
         theta_key, *group_keys = jax.random.split(seed(0), 1 + len(group_tasks))
         theta = rule.init_theta(theta_key) if start_theta is None else start_theta
 
@@ -151,7 +153,7 @@ def build(run: cfg.Run) -> Program:
 
         states = particles(group_keys, tuple(task.data for task in group_tasks), theta)
         zero = jnp.zeros((), jnp.int32)
-        return place(State(zero, theta, tx.init(theta), states, zero))
+        return State(zero, theta, tx.init(theta), states, zero)
 
     def local_estimates(data, step, theta, states) -> tuple[list[Estimate], tuple[Any, ...]]:
         """Runs on every device with its share of the particles."""
@@ -192,18 +194,31 @@ def build(run: cfg.Run) -> Program:
         }
         return State(state.step + 1, theta, opt, estimators, skipped), metrics
 
-    data = jax.device_put(tuple(task.data for task in group_tasks), NamedSharding(mesh, everywhere))
+    data = jax.device_put(jax.device_get(tuple(task.data for task in group_tasks)), NamedSharding(mesh, everywhere))
     inner_steps = len(run.groups) * run.estimator.pairs * 2 * run.estimator.truncation
-    program = Program(rule, data, init, jax.jit(meta_step, donate_argnums=1), place, inner_steps)
-    jax.eval_shape(
-        program.meta_step, data, jax.eval_shape(init)
-    )  # errors of settings surface before anything is written
+    # By way of the host: an array of one process cannot be spread over the devices of all.
+    program = Program(
+        rule,
+        data,
+        lambda: place(jax.device_get(initial())),
+        jax.jit(meta_step, donate_argnums=1),
+        place,
+        inner_steps,
+    )
+    # Errors of settings surface before anything is written.
+    jax.eval_shape(program.meta_step, data, jax.eval_shape(initial))
     return program
 
 
-def _devices(pairs: int, available: int) -> int:
-    """The largest number of devices over which the pairs divide evenly."""
-    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)
+def _devices(pairs: int) -> list[jax.Device]:
+    """As many devices as the pairs divide over evenly; all of them where several processes have some."""
+    devices = jax.devices()
+    n = next(n for n in range(min(pairs, len(devices)), 0, -1) if pairs % n == 0)
+    if distributed.several() and n < len(devices):
+        raise ValueError(
+            f"config.estimator.pairs, got {pairs}; valid: a multiple of {len(devices)}, the devices of all processes."
+        )
+    return devices[:n]
 
 
 class Log:
@@ -267,26 +282,21 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], None]) -> tuple[State, int]:
     """Meta-train in a run directory from its newest good checkpoint, or from the start.
 
+    With several processes every one calls this; the first alone touches the directory.
+
     Returns:
       (State, signal): signal is 0 when all meta-steps are done, else what stopped the run (everything is saved).
     """
-    checkpoints = Checkpoints(folder / "checkpoints", run.identity())
-    state = program.init()
-    at, saved, remarks = checkpoints.restore(state)
-    for line in remarks:
-        say(line)
-    if at >= 0:
-        state = program.place(saved)
-        say(f"resuming at meta-step {at} of {run.meta_steps}")
-    elif remarks:
-        say("no checkpoint is left that can be read: starting again")
-    checkpoints.drop_after(at)
-    at = max(at, 0)
-    log = Log(folder, after=at)
+    first = distributed.first()
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity()) if first else None
+    state, at = _restore(run, program, checkpoints, say)
+    log = Log(folder, after=at) if first else None
     pending: list[dict[str, jax.Array]] = []
     loss, since = float("inf"), time.monotonic()
-    with stop_requests() as stop, progress("meta-step", run.meta_steps, start=at) as report:
-        while at < run.meta_steps and not stop():
+    report_to = progress("meta-step", run.meta_steps, start=at) if first else nullcontext(lambda *_: None)
+    came = 0
+    with stop_requests() as stop, report_to as report:
+        while at < run.meta_steps and not came:
             state, metrics = program.meta_step(program.data, state)
             pending.append(metrics)
             at += 1
@@ -296,16 +306,48 @@ def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], Non
                 now = time.monotonic()
                 speed = len(pending) * program.inner_steps / (now - since)
                 pending, since, loss = [], now, line["meta_loss"]
-                log.write({"step": at, **line, "inner_steps_per_second": round(speed)})
+                if log:
+                    log.write({"step": at, **line, "inner_steps_per_second": round(speed)})
                 report(at, f"meta-loss {loss:.3f}  {speed:,.0f} inner steps/s  diverged {line['diverged']:.0f}")
-            if at % run.checkpoint_every == 0 or at == run.meta_steps:
-                checkpoints.save(at, state, loss)
-    came = stop() if at < run.meta_steps else 0
-    if came and at not in checkpoints.steps():
-        checkpoints.save(at, state, loss)
-    checkpoints.close()
-    log.close()
-    return state, came
+            # All processes stop at the same meta-step, whichever of them was told to.
+            if not distributed.several():
+                came = stop()
+            elif at % run.log_every == 0:
+                came = distributed.most(stop())
+            if at % run.checkpoint_every == 0 or at == run.meta_steps or came:
+                whole = distributed.gather(state)
+                if checkpoints:
+                    checkpoints.save(at, whole, loss)
+    if checkpoints:
+        checkpoints.close()
+    if log:
+        log.close()
+    return state, came if at < run.meta_steps else 0
+
+
+def _restore(
+    run: cfg.Run, program: Program, checkpoints: Checkpoints | None, say: Callable[[str], None]
+) -> tuple[State, int]:
+    """The state to go on from, and its meta-step; read by the first process for all."""
+    state = program.init()
+    at, saved, error = -1, distributed.gather(state), None
+    if checkpoints:
+        try:
+            at, saved, remarks = checkpoints.restore(saved)
+        except ValueError as e:
+            error = e
+        else:
+            for line in remarks:
+                say(line)
+            if remarks and at < 0:
+                say("no checkpoint is left that can be read: starting again")
+            checkpoints.drop_after(at)
+    distributed.refuse_together(error)
+    at, saved = distributed.agree((np.int32(at), saved))
+    if at < 0:
+        return state, 0
+    say(f"resuming at meta-step {at} of {run.meta_steps}")
+    return program.place(saved), int(at)
 
 
 def _summary(window: list[dict[str, Any]]) -> dict[str, float]:

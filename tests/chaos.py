@@ -1,0 +1,125 @@
+"""`make chaos`: a run is killed with kill -9 fifty times and its checkpoints are damaged thirty times.
+
+It must end with the theta and the metrics of a run that nobody disturbed, and whatever damage it met must be told.
+
+    python -m tests.chaos [--kills 50] [--damages 30] [--seed 0] [--estimator pes]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+META_STEPS = 600
+ARGUMENTS = [
+    *("quickstart", "--compare", "", "--meta-steps", str(META_STEPS), "--checkpoint-every", "3", "--log-every", "1"),
+    *("--estimator.pairs", "2", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
+    *("--rule-settings", '{"hidden": 2}', "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),
+]
+
+
+def begin(cwd: Path, log: Path, *arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "meta_train.launch", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def result(folder: Path) -> tuple[str, list[dict]]:
+    """What must not differ: the weights and the record, without speeds."""
+    weights = hashlib.sha256((folder / "artifact/model.safetensors").read_bytes()).hexdigest()
+    record = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return weights, [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in record]
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """Flip a byte of, truncate or delete a file of the newest checkpoint; says what was done, "" if there is none."""
+    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    if not steps:
+        return ""
+    newest = max(steps, key=lambda path: int(path.name))
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    if not files:
+        return ""
+    path, how = rng.choice(files), rng.choice(("flip", "truncate", "delete"))
+    content = bytearray(path.read_bytes())
+    if how == "delete" or not content:
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    return f"{how} {path.relative_to(folder)}"
+
+
+def kill_once(cwd: Path, log: Path, first: bool, rng: random.Random) -> bool:
+    """Start or resume, kill -9 after a random number of meta-steps or seconds; False if the run came to its end."""
+    folder = cwd / "run"
+    arguments = [*ARGUMENTS, "--out", "run"] if first else ["resume", "run"]
+    process = begin(cwd, log, *arguments)
+    target, limit = lines(folder) + rng.randint(1, 9), time.monotonic() + rng.uniform(1, 60)
+    while process.poll() is None and time.monotonic() < limit and lines(folder) < target:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    code = process.wait()
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"chaos: the run ended with {code}:\n{log.read_text()}")
+    return code != 0
+
+
+def main() -> int:
+    """Returns the exit code: 0 if nothing differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--damages", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--estimator", default="pes")
+    args = parser.parse_args()
+    rng, began = random.Random(args.seed), time.monotonic()
+    ARGUMENTS.extend(["--estimator.name", args.estimator])
+    cwd = Path(tempfile.mkdtemp(prefix="lopt-chaos-"))
+    log = cwd / "log"
+    whole = begin(cwd, log, *ARGUMENTS, "--out", "whole").wait()
+    if whole:
+        raise SystemExit(f"chaos: the undisturbed run failed:\n{log.read_text()}")
+    harmed, told, when = 0, 0, set(rng.sample(range(args.kills), min(args.damages, args.kills)))
+    for i in range(args.kills):
+        if not kill_once(cwd, log, not (cwd / "run" / "config.json").exists(), rng):
+            raise SystemExit(f"chaos: the run ended before kill {i + 1} of {args.kills}: raise META_STEPS")
+        told += log.read_text().count("is damaged")
+        did = damage(cwd / "run", rng) if i in when else ""
+        harmed += bool(did)
+        print(f"kill {i + 1}/{args.kills} at meta-step {lines(cwd / 'run')}  {did}", flush=True)
+    if begin(cwd, log, "resume", "run").wait():
+        raise SystemExit(f"chaos: the run cannot go on:\n{log.read_text()}")
+    told += log.read_text().count("is damaged")
+    same = result(cwd / "run") == result(cwd / "whole")
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"{args.estimator}: {args.kills} kills, {harmed} checkpoints damaged, {told} times met and told; weights "
+        f"and record {'equal those of' if same else 'DIFFER FROM'} the undisturbed run; {minutes:.1f} minutes"
+    )
+    if same:
+        shutil.rmtree(cwd)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
