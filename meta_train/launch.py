@@ -53,6 +53,8 @@ class Launch:
     run: Annotated[cfg.Run, tyro.conf.arg(name="")]
     join: Annotated[Join, tyro.conf.arg(name="")] = Join()
     out: str = ""  # run directory; must not exist. Default: the first free runs/NAME, runs/NAME-2, ...
+    dry_run: bool = False  # say what the run would be, how fast and how long, and write nothing
+    profile: bool = False  # write a JAX trace of some meta-steps into the run directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,13 @@ def _one_line(box: str) -> str:
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
+    if launch.dry_run:
+        program = _build(launch.run)
+        from meta_train import dry_run
+
+        for line in dry_run.report(launch.run, program):
+            print(line, flush=True)
+        return 0
     if launch.join.distributed and not launch.out:
         raise ValueError("lopt-train --distributed: no --out; valid: a new folder, the same for all processes.")
     with _joined(launch.join) as writes:
@@ -139,7 +148,7 @@ def start(name: str, args: list[str]) -> int:
 
         _by_the_first(writes, make)
         with _locked(folder) if writes else contextlib.nullcontext():
-            return _go(launch.run, program, folder)
+            return _go(launch.run, program, folder, profile=launch.profile and writes)
 
 
 @contextlib.contextmanager
@@ -300,7 +309,7 @@ def _compare(target: Path, suite: str, folder: Path) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _go(run: cfg.Run, program, folder: Path) -> int:
+def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
     """Train, then write what a run leaves behind."""
     from meta_train import artifact, distributed, loop
 
@@ -316,7 +325,7 @@ def _go(run: cfg.Run, program, folder: Path) -> int:
         f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
         f"{program.inner_steps} inner steps, run directory {folder}"
     )
-    state, came = loop.train(run, program, folder, say)
+    state, came = loop.train(run, program, folder, say, profile=profile)
     theta, at = distributed.gather((state.theta, state.step))
     distributed.part()
     if came:

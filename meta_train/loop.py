@@ -32,6 +32,7 @@ from meta_train.inner import Horizon, make_inner
 from tasks.base import Task
 
 AXIS = "particles"
+PROFILED = (2, 6)  # meta-steps of a trace, counted from the first of this process
 
 
 class State(NamedTuple):
@@ -279,10 +280,13 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], None]) -> tuple[State, int]:
+def train(
+    run: cfg.Run, program: Program, folder: Path, say: Callable[[str], None], *, profile: bool = False
+) -> tuple[State, int]:
     """Meta-train in a run directory from its newest good checkpoint, or from the start.
 
-    With several processes every one calls this; the first alone touches the directory.
+    With several processes every one calls this; the first alone touches the directory. `profile` writes a JAX trace of
+    the meta-steps PROFILED (counted from where it begins) into it.
 
     Returns:
       (State, signal): signal is 0 when all meta-steps are done, else what stopped the run (everything is saved).
@@ -296,10 +300,16 @@ def train(run: cfg.Run, program: Program, folder: Path, say: Callable[[str], Non
     report_to = progress("meta-step", run.meta_steps, start=at) if first else nullcontext(lambda *_: None)
     came = 0
     with stop_requests() as stop, report_to as report:
+        begin = at
         while at < run.meta_steps and not came:
+            if profile and at - begin == PROFILED[0]:
+                jax.profiler.start_trace(str(folder / "profile"))
             state, metrics = program.meta_step(program.data, state)
             pending.append(metrics)
             at += 1
+            if profile and at - begin == PROFILED[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
             # Waiting for the device only here keeps it busy in between.
             if at % run.log_every == 0 or at == run.meta_steps:
                 line = _summary(jax.device_get(pending))

@@ -1,0 +1,47 @@
+"""What a run would be: groups, shapes, compile time, memory, speed and how long it would take; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+import tasks
+from lopt.console import span
+from meta_train import artifact
+from meta_train import config as cfg
+from meta_train.loop import Program
+
+SECONDS = 5.0  # of meta-steps to measure, at least three
+
+
+def report(run: cfg.Run, program: Program) -> Iterator[str]:
+    """Lines, each as soon as it is known. Compiles the meta-step and runs it for some seconds."""
+    yield f"{run.name}: rule {run.rule}, {artifact.count(program.rule)} meta-parameters, {jax.device_count()} devices"
+    for group in run.groups:
+        task = tasks.make(group.family, **group.settings)
+        params = jax.eval_shape(lambda key, task=task: task.init(key, task.sample(key)), jax.random.key(0))
+        shapes = {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(params)}
+        size = sum(int(np.prod(shape)) for shape in shapes.values())
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        yield f"  group {group.family}: {size:,} params ({listed})"
+    began = time.perf_counter()
+    state = program.init()
+    compiled = program.meta_step.lower(program.data, state).compile()
+    yield f"compiled in {time.perf_counter() - began:.1f} s (less with what the cache holds)"
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        yield f"memory a device: state and data {held / 2**20:.1f} MiB, temporary {temporary / 2**20:.1f} MiB"
+    state, metrics = compiled(program.data, state)
+    jax.block_until_ready(metrics)
+    began, steps = time.perf_counter(), 0
+    while steps < 3 or time.perf_counter() - began < SECONDS:
+        state, metrics = compiled(program.data, state)
+        jax.block_until_ready(metrics)
+        steps += 1
+    each = (time.perf_counter() - began) / steps
+    yield f"{program.inner_steps / each:,.0f} inner steps/s, {1 / each:.1f} meta-steps/s, over {steps} meta-steps"
+    yield f"{run.meta_steps:,} meta-steps would take {span(run.meta_steps * each)}"
