@@ -23,7 +23,9 @@ def report(run: cfg.Run, program: Program) -> Iterator[str]:
     for group in run.groups:
         task = tasks.make(group.family, **group.settings)
         params = jax.eval_shape(lambda key, task=task: task.init(key, task.sample(key)), jax.random.key(0))
-        shapes = {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(params)}
+        shapes = {
+            jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(params)
+        }
         size = sum(int(np.prod(shape)) for shape in shapes.values())
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         yield f"  group {group.family}: {size:,} params ({listed})"

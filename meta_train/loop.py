@@ -60,7 +60,7 @@ class Program(NamedTuple):
     rule: LearnedOptimizer
     data: tuple[Any, ...]
     init: Callable[[], State]
-    meta_step: Callable[[tuple[Any, ...], State], tuple[State, dict[str, jax.Array]]]
+    meta_step: jax.stages.Wrapped
     place: Callable[[State], State]
     inner_steps: int
 
@@ -119,7 +119,13 @@ def build(run: cfg.Run) -> Program:
     group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
     if run.estimator.name not in ESTIMATORS:
         raise unknown("config.estimator.name", "estimator", run.estimator.name, ESTIMATORS)
-    devices = _devices(run.estimator.pairs)
+    available = jax.device_count()
+    devices = jax.devices()[: _devices(run.estimator.pairs, available)]
+    if distributed.several() and len(devices) < available:
+        raise ValueError(
+            f"config.estimator.pairs, got {run.estimator.pairs}; valid: a multiple of the {available} devices of all "
+            "processes."
+        )
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
     start_theta = _start(run, rule)
@@ -211,15 +217,9 @@ def build(run: cfg.Run) -> Program:
     return program
 
 
-def _devices(pairs: int) -> list[jax.Device]:
-    """As many devices as the pairs divide over evenly; all of them where several processes have some."""
-    devices = jax.devices()
-    n = next(n for n in range(min(pairs, len(devices)), 0, -1) if pairs % n == 0)
-    if distributed.several() and n < len(devices):
-        raise ValueError(
-            f"config.estimator.pairs, got {pairs}; valid: a multiple of {len(devices)}, the devices of all processes."
-        )
-    return devices[:n]
+def _devices(pairs: int, available: int) -> int:
+    """The largest number of devices over which the pairs divide evenly."""
+    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)
 
 
 class Log:

@@ -17,6 +17,10 @@ from meta_train import launch
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--meta-steps", "1", "--compare", ""]
+SMALL = [
+    *("--estimator.pairs", "2", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
+    *("--rule-settings", '{"hidden": 2}', "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),
+]
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -57,7 +61,7 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--horizon.high", "99999999999"], "horizon.high, got 99999999999"),
         (["quickstart", "--name", "../../escape"], "name, got '../../escape'"),
         (["resume", "no-such-folder"], "not a run directory"),
-        (["resume"], "lopt-train resume DIR"),
+        (["resume"], "lopt-train resume: "),
         (["export", "no-such-folder"], "not a run directory"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -143,6 +147,28 @@ def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
     assert launch.main(["export", str(run), "--to", str(tmp_path / "weights")]) == 0
     assert lopt.load(run, num_steps=3)  # a run's folder will do
     assert (tmp_path / "weights/model.safetensors").read_bytes() == (run / "artifact/model.safetensors").read_bytes()
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("meta_train.dry_run.SECONDS", 0.0)
+    assert launch.main(["quickstart", *SMALL, "--meta-steps", "1000", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for says in (
+        "group image_mlp: 310 params (",
+        "compiled in ",
+        " MiB",
+        " inner steps/s",
+        "1,000 meta-steps would take ",
+    ):
+        assert says in out, says
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_is_written_where_it_is_asked_for(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["quickstart", *SMALL, "--meta-steps", "8", "--compare", "", "--profile", "--out", "run"]) == 0
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
 
 
 def test_without_its_extra_the_launcher_says_what_to_install():
