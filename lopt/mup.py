@@ -54,8 +54,8 @@ def describe(base: Any, target: Any) -> Any:
       target: the same model at the width to train.
 
     Raises:
-      ValueError: naming the tensor, if only one of the trees has it, its ranks differ, more than two axes differ (heads and
-        d_head both grow: which are fan-in no shape says), a convolution's window differs, or it is empty in one.
+      ValueError: naming the tensor, if only one of the trees has it, its ranks differ, more than two axes differ (heads
+        and d_head both grow: which are fan-in no shape says), a convolution's window differs, or it is empty in one.
 
     >>> import jax.numpy as jnp
     >>> describe({"w": jnp.ones((4, 4))}, {"w": jnp.ones((16, 8))})["w"]

@@ -21,14 +21,14 @@ A learned optimizer of the rule `{rule}`, {parameters} meta-parameters, meta-tra
 
 ```python
 import lopt
-tx = lopt.load({name!r}, num_steps=1000)  # or the path of this folder
+tx = lopt.load("path/of/this/folder", num_steps=1000)
 ```
 
 - needs: {needs}
 - meta-trained on: {groups}
 - {estimator}; horizons {low} to {high} inner steps; meta-loss on {meta_loss} batches
 - {meta_steps} meta-steps, seed {seed}; last meta-loss {loss}
-- reproduce: `lopt-train {name}` on JAX {jax}, {machine}
+- reproduce: `{command}` on JAX {jax}, {machine}
 - licence: Apache-2.0
 
 The resolved config is under `provenance` in config.json.
@@ -61,6 +61,7 @@ def write(
     spec = run.estimator
     card = CARD.format(
         name=run.name,
+        command=cfg.command(run),
         rule=rule.name,
         parameters=count(rule),
         version=lopt.__version__,

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+NO_RESULT = ("log_every", "checkpoint_every", "compare")  # keys of a run that change nothing in theta
 
 
 def _no_constant(name: str) -> None:
@@ -144,7 +147,7 @@ class Run:
 
     def identity(self) -> str:
         """sha256 of all that changes the result: checkpoints of another identity are refused."""
-        tree = {k: v for k, v in self.to_json().items() if k not in ("log_every", "checkpoint_every", "compare")}
+        tree = {k: v for k, v in self.to_json().items() if k not in NO_RESULT}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -187,6 +190,31 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
     ]
     _require(not missing, where, f"no {', '.join(missing)}", "all keys without a default")
     return kind(**values)
+
+
+def command(run: Run) -> str:
+    """The `lopt-train` command of a run: its named config, and the keys that were changed."""
+    if run.name not in named():
+        return "lopt-train with the config under `provenance` in config.json"
+    words, default = ["lopt-train", run.name], _flat(load(run.name).to_json())
+    for key, value in _flat(run.to_json()).items():
+        if default.get(key, value) != value or key not in default:
+            value = json.dumps(value) if isinstance(value, dict) else value
+            words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, without what changes no result; `groups` by number."""
+    out = {}
+    for key, value in tree.items():
+        if key == "groups":
+            out |= _flat({str(i): group for i, group in enumerate(value)}, f"{prefix}groups.")
+        elif isinstance(value, dict) and not key.endswith("settings"):
+            out |= _flat(value, f"{prefix}{key}.")
+        elif key not in NO_RESULT:
+            out[prefix + key] = value
+    return out
 
 
 def named() -> dict[str, str]:

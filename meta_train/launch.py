@@ -12,6 +12,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from lopt.console import fail, prepare_jax, span
 from meta_train import config as cfg
 
 T = TypeVar("T")
+START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
        lopt-train resume DIR                          go on after an interruption
        lopt-train export DIR [--to DIR]               write the artifact of the newest checkpoint
@@ -145,6 +147,10 @@ def start(name: str, args: list[str]) -> int:
             partial = folder / ".config.json.partial"
             partial.write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
             partial.replace(folder / "config.json")
+            if launch.run.init_from:  # the run can then go on wherever it came from
+                from lopt.pretrained import find
+
+                shutil.copytree(find(launch.run.init_from), folder / START)
 
         _by_the_first(writes, make)
         with _locked(folder) if writes else contextlib.nullcontext():
@@ -183,8 +189,11 @@ def _by_the_first(writes: bool, action: Callable[[], None]) -> None:
     distributed.refuse_together(error)
 
 
-def _build(run: cfg.Run):
-    """The program of a config. Raises ValueError in one line for whatever it cannot be built of."""
+def _build(run: cfg.Run, folder: Path | None = None):
+    """The program of a config, of an existing run if a folder is given.
+
+    Raises ValueError in one line for whatever it cannot be built of.
+    """
     if run.compare:
         command = [sys.executable, "-m", "meta_test", "list"]
         suites = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -201,7 +210,7 @@ def _build(run: cfg.Run):
     from meta_train import loop
 
     try:
-        return loop.build(run)
+        return loop.build(run, folder / START if folder and (folder / START).is_dir() else None)
     except ValueError:
         raise
     except Exception as e:  # a setting of another type fails wherever it is first used
@@ -212,7 +221,7 @@ def resume(args: Resume) -> int:
     """Go on where the newest good checkpoint is."""
     folder, run = _read_run(args.directory)
     with _joined(args.join) as writes, _locked(folder) if writes else contextlib.nullcontext():
-        return _go(run, _build(run), folder)
+        return _go(run, _build(run, folder), folder)
 
 
 def export(directory: str, to: str = "") -> int:
@@ -221,7 +230,7 @@ def export(directory: str, to: str = "") -> int:
     target = Path(to) if to else folder / "artifact"
     if to and target.exists():
         raise ValueError(f"lopt-train export: {target} exists; valid: a new folder.")
-    program = _build(run)
+    program = _build(run, folder)
     from meta_train import artifact, loop
     from meta_train.checkpoint import Checkpoints
 
@@ -309,6 +318,18 @@ def _compare(target: Path, suite: str, folder: Path) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _differs_from_start(rule, folder: Path) -> Iterator[str]:
+    """Settings that the weights a run starts at were meta-trained with, and that it changes."""
+    if not (folder / START).is_dir():
+        return
+    from lopt.pretrained import read
+
+    other, _ = read(folder / START)
+    for name, value in rule.settings.items():
+        if (theirs := other.settings[name]) != value:
+            yield f"init_from: {name} was {theirs!r} there and is {value!r} here"
+
+
 def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
     """Train, then write what a run leaves behind."""
     from meta_train import artifact, distributed, loop
@@ -325,6 +346,8 @@ def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
         f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
         f"{program.inner_steps} inner steps, run directory {folder}"
     )
+    for line in _differs_from_start(program.rule, folder):
+        say(line)
     state, came = loop.train(run, program, folder, say, profile=profile)
     theta, at = distributed.gather((state.theta, state.step))
     distributed.part()

@@ -91,11 +91,11 @@ def freeze(tx: optax.GradientTransformation, theta: Any, parts: Sequence[str]) -
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
-def _start(run: cfg.Run, rule: LearnedOptimizer) -> Any | None:
+def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | None:
     """Theta of `init_from`, or None. Raises ValueError if it is another rule's or of another shape."""
     if not run.init_from:
         return None
-    other, theta = read(run.init_from)
+    other, theta = read(start or run.init_from)
     ours, theirs = (
         {name: x.shape for name, x in named_leaves(t).items()}
         for t in (jax.eval_shape(rule.init_theta, jax.random.key(0)), theta)
@@ -108,8 +108,12 @@ def _start(run: cfg.Run, rule: LearnedOptimizer) -> Any | None:
     return theta
 
 
-def build(run: cfg.Run) -> Program:
+def build(run: cfg.Run, start: Path | None = None) -> Program:
     """Resolve names and assemble the meta-step.
+
+    Args:
+      run: what to build.
+      start: where the artifact of `run.init_from` is now, if not there.
 
     Raises:
       ValueError: for an unknown rule, task, estimator or setting, a value out of range, or pairs that do not divide
@@ -128,7 +132,7 @@ def build(run: cfg.Run) -> Program:
         )
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
-    start_theta = _start(run, rule)
+    start_theta = _start(run, rule, start)
     tx = freeze(tx, jax.eval_shape(rule.init_theta, jax.random.key(0)), run.freeze)
     weights = [group.weight / sum(g.weight for g in run.groups) for group in run.groups]
     seed = partial(jax.random.fold_in, jax.random.key(run.seed))

@@ -321,7 +321,15 @@ def safetensors_attacks(good):
 def config_attacks():
     """Contents of config.json beside good weights; what our rules call settings is believed only if it fits them."""
     values = ["NaN", "-Infinity", "1e999", "null", "true", '"a"', "[]", "{}", "-1", "0", "3", "9" * 5000, "[" * 10**5]
-    names = ["step_mult", "exp_mult", "compat", "hidden", "hidden_size", "learned_decays", "max_grad_norm", "activation"]
+    names = [
+        "step_mult",
+        "exp_mult",
+        "compat",
+        "hidden",
+        "hidden_size",
+        "learned_decays",
+        "max_grad_norm",
+    ]
     out = {f"config {name} {value[:9]}": f'{{"{name}": {value}}}' for name in names for value in values}
     return out | {"config cut": '{"step_mult": 0.', "config name": '{"\\u001b[2J": 1}', "config list": "[1]"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -169,6 +170,29 @@ def test_a_profile_is_written_where_it_is_asked_for(capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert launch.main(["quickstart", *SMALL, "--meta-steps", "8", "--compare", "", "--profile", "--out", "run"]) == 0
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+def test_the_command_of_a_run_makes_it_again():
+    run = launch.parse("quickstart", [*SMALL, "--freeze", "skip", "mlp.0", "--seed", "7", "--log-every", "3"]).run
+    words = shlex.split(cfg.command(run))
+    assert words[:2] == ["lopt-train", "quickstart"]
+    assert launch.parse("quickstart", words[2:]).run.identity() == run.identity()
+    assert "--log-every" not in words
+    assert cfg.command(cfg.load("quickstart")) == "lopt-train quickstart"
+
+
+def test_a_run_carries_what_it_started_at(capsys, tmp_path, monkeypatch):
+    """And goes on where that is gone; a setting that is not the start's is said."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["quickstart", *SMALL, *QUICK, "--out", "first"]) == 0
+    again = ["--rule-settings", '{"hidden": 2, "step_mult": 0.5}', "--init-from", "first"]
+    assert launch.main(["quickstart", *SMALL, *again, *QUICK, "--out", "second"]) == 0
+    assert "init_from: step_mult was 0.03 there and is 0.5 here" in capsys.readouterr().out
+    shutil.rmtree("first")
+    assert launch.main(["resume", "second"]) == 0
+    assert launch.main(["export", "second", "--to", "exported"]) == 0
 
 
 def test_without_its_extra_the_launcher_says_what_to_install():
