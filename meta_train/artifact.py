@@ -14,6 +14,7 @@ import numpy as np
 import lopt
 from lopt.base import LearnedOptimizer
 from meta_train import config as cfg
+from meta_train.estimators import WHOLE_EPISODES
 
 CARD = """# {name}
 
@@ -26,7 +27,7 @@ tx = lopt.load("path/of/this/folder", num_steps=1000)
 
 - needs: {needs}
 - meta-trained on: {groups}
-- {estimator}; horizons {low} to {high} inner steps; meta-loss on {meta_loss} batches
+- {estimator}; horizons {horizons} inner steps; {meta_loss}
 - {meta_steps} meta-steps, seed {seed}; last meta-loss {loss}
 - reproduce: `{command}` on JAX {jax}, {machine}
 - licence: Apache-2.0
@@ -41,6 +42,30 @@ SMOOTH = 15  # logged values, each already a mean over log_every meta-steps
 def count(rule: LearnedOptimizer) -> int:
     """Meta-parameters of a rule."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(rule.init_theta, jax.random.key(0))))
+
+
+def _estimator(spec: cfg.Estimator) -> str:
+    """For the card: what the estimator has of settings."""
+    count = f"{spec.pairs} particles" if "backprop" in spec.name else f"{spec.pairs} antithetic pairs, std {spec.std}"
+    stds = f" ({json.dumps(spec.std_parts)})" if spec.std_parts else ""
+    sign = f", sign of the difference × {spec.sign}" if spec.sign else ""
+    truncation = "" if spec.name in WHOLE_EPISODES else f", truncation {spec.truncation}"
+    return f"{spec.name}, {count}{stds}{sign}{truncation}"
+
+
+def _horizons(stage: cfg.Stage) -> str:
+    later = f" (truncation {stage.truncation}, from meta-step {stage.start})" if stage.start else ""
+    return f"{stage.low} to {stage.high}{later}"
+
+
+def _meta_loss(run: cfg.Run) -> str:
+    which = {
+        "mean": "meta-loss",
+        "final": "final meta-loss",
+        "last": f"mean meta-loss of the last {run.last_steps} steps",
+    }
+    over = {"none": "", "init": ", over the loss at init", "reference": ", over the reference loss"}
+    return f"{which[run.objective]} on {run.meta_loss} batches{over[run.normalise]}"
 
 
 def write(
@@ -58,7 +83,6 @@ def write(
       meta_steps: done so far.
       metrics: of the run.
     """
-    spec = run.estimator
     card = CARD.format(
         name=run.name,
         command=cfg.command(run),
@@ -67,10 +91,9 @@ def write(
         version=lopt.__version__,
         needs=", ".join(sorted(rule.needs)) or "nothing but gradients",
         groups="; ".join(f"{g.family} {json.dumps(g.settings)}" for g in run.groups),
-        estimator=f"{spec.name}, {spec.pairs} antithetic pairs, std {spec.std}, truncation {spec.truncation}",
-        low=run.horizon.low,
-        high=run.horizon.high,
-        meta_loss=run.meta_loss,
+        estimator=_estimator(run.estimator),
+        horizons=", then ".join(_horizons(stage) for stage in run.schedule()),
+        meta_loss=_meta_loss(run),
         meta_steps=meta_steps,
         seed=run.seed,
         loss=f"{metrics[-1]['meta_loss']:.4f}" if metrics else "unknown",

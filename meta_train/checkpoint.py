@@ -80,7 +80,8 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(_by_number(shapes)), seal=ocp.args.JsonRestore()
                 )
                 found = self._manager.restore(step, args=items)
-                leaves = [found["state"][key] for key in _by_number(shapes)]
+                kept = found["state"]
+                leaves = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
                 tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
                 seal = found["seal"]
                 same = digest(tree) == seal["sha256"]
@@ -119,5 +120,9 @@ def _numpy(tree: Any) -> Any:
 
 
 def _by_number(tree: Any) -> dict[str, Any]:
-    """Leaves by their number: no container type or name is left for Orbax to interpret."""
-    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+    """Leaves by their number: no container type or name is left for Orbax to interpret. It refuses empty ones."""
+    return {_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
+
+
+def _name(number: int) -> str:
+    return f"{number:04d}"

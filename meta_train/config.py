@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from meta_train.estimators import WHOLE_EPISODES
+
 NO_RESULT = ("log_every", "checkpoint_every", "compare")  # keys of a run that change nothing in theta
 
 
@@ -61,21 +63,52 @@ class Group:
     family: str  # of tasks.REGISTRY
     settings: Settings = field(default_factory=dict)  # arguments of its factory
     weight: float = 1.0  # of the group's gradient in the average
+    reference_loss: float = 0.0  # what a good optimizer reaches on it, where the run has normalise = "reference"
 
     def __post_init__(self) -> None:
         _require(0 < self.weight < math.inf, f"group {self.family}: weight", self.weight, "> 0")
+        got = self.reference_loss
+        _require(0 <= got < math.inf, f"group {self.family}: reference_loss", got, ">= 0, finite")
+
+
+STAGGER = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """Horizons of inner runs are log-uniform integers in [low, high]."""
+    """Horizons of inner runs are log-uniform integers in [low, high]; equal ends make them constant."""
 
     low: int = 100
     high: int = 1000
+    # Cut the first episodes short at random, so that particles do not march in step. Constant horizons would keep them
+    # in step for ever and are staggered by "auto"; varied ones drift apart by themselves.
+    stagger: str = "auto"
 
     def __post_init__(self) -> None:
         _require(self.low >= 1, "horizon.low", self.low, ">= 1")
         _require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
+        _require(self.stagger in STAGGER, "horizon.stagger", repr(self.stagger), ", ".join(STAGGER))
+
+    @property
+    def staggered(self) -> bool:
+        return self.stagger == "always" or (self.stagger == "auto" and self.low == self.high)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A later part of a curriculum: what replaces the horizons and the truncation from a meta-step on."""
+
+    start: int  # meta-step
+    low: int  # of horizons
+    high: int
+    truncation: int
+
+    def __post_init__(self) -> None:
+        where = f"stage from meta-step {self.start}"
+        _require(self.start >= 0, "stages: start", self.start, ">= 0")
+        _require(self.truncation >= 1, f"{where}: truncation", self.truncation, ">= 1")
+        _require(self.low >= 1, f"{where}: low", self.low, ">= 1")
+        _require(self.low <= self.high < 2**31, f"{where}: high", self.high, f"low = {self.low} to 2^31 - 1")
 
 
 @dataclass(frozen=True)
@@ -83,14 +116,22 @@ class Estimator:
     """How the meta-gradient is estimated."""
 
     name: str = "pes"  # of meta_train.estimators.REGISTRY
-    pairs: int = 8  # antithetic pairs a group
-    std: float = 0.01  # of the perturbation of theta
-    truncation: int = 50  # inner steps a window
+    pairs: int = 8  # antithetic pairs a group; for backprop, which has no pairs, particles
+    std: float = 0.01  # of the perturbation of theta; backprop has none
+    truncation: int = 50  # inner steps a window; full_es and full_backprop have none
+    std_parts: Settings = field(
+        default_factory=dict
+    )  # other stds of parts of theta, by dotted path, e.g. {"mlp": 0.02}
+    sign: float = 0.0  # > 0: a pair's mean difference of meta-losses counts as ± this much (VeLO), 0: as it is
 
     def __post_init__(self) -> None:
         _require(self.pairs >= 1, "estimator.pairs", self.pairs, ">= 1")
         _require(0 < self.std < math.inf, "estimator.std", self.std, "> 0, finite")
         _require(self.truncation >= 1, "estimator.truncation", self.truncation, ">= 1")
+        _require(0 <= self.sign < math.inf, "estimator.sign", self.sign, ">= 0, finite")
+        for part, std in self.std_parts.items():
+            ok = isinstance(std, (int, float)) and not isinstance(std, bool) and 0 < std < math.inf
+            _require(ok, f"estimator.std_parts: {part}", std, "> 0, finite")
 
 
 @dataclass(frozen=True)
@@ -120,7 +161,11 @@ class Run:
     estimator: Estimator = Estimator()
     horizon: Horizon = Horizon()
     meta_loss: str = "validation"  # measured on the "train" batch, a "fresh" one, or a "validation" batch
-    loss_limit: float = 3.0  # meta-losses above it count as this much
+    loss_limit: float = 3.0  # meta-losses above it count as this much, after normalising
+    objective: str = "mean"  # of an episode's meta-losses; or the "final" one, or the mean of the "last" ones
+    last_steps: int = 50  # inner steps of objective "last"
+    normalise: str = "none"  # or divide meta-losses by the loss at "init", or by the group's "reference" loss
+    stages: tuple[Stage, ...] = ()  # curriculum: later horizons and truncations, by growing start
     meta_optimizer: MetaOptimizer = MetaOptimizer()
     meta_steps: int = 1000
     init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
@@ -139,8 +184,19 @@ class Run:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         _require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
-        k = self.estimator.truncation
-        _require(self.horizon.low >= k, "horizon.low", self.horizon.low, f">= estimator.truncation = {k}")
+        if self.estimator.name not in WHOLE_EPISODES:
+            k = self.estimator.truncation
+            _require(self.horizon.low >= k, "horizon.low", self.horizon.low, f">= estimator.truncation = {k}")
+            for stage in self.stages:
+                where = f"stage from meta-step {stage.start}: low"
+                _require(stage.low >= stage.truncation, where, stage.low, f">= its truncation = {stage.truncation}")
+        starts = [stage.start for stage in self.schedule()]
+        _require(starts == sorted(set(starts)), "stages: starts", starts[1:], "meta-steps that grow, from 1")
+
+    def schedule(self) -> tuple[Stage, ...]:
+        """All stages, the first one of meta-step 0 on."""
+        first = Stage(0, self.horizon.low, self.horizon.high, self.estimator.truncation)
+        return (first, *self.stages)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -168,7 +224,7 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         hint, here = hints[key], f"{where}.{key}"
-        if key.endswith("settings"):
+        if hint == dict[str, Any]:
             _require(isinstance(value, Mapping), here, repr(value), "an object")
         elif dataclasses.is_dataclass(hint):
             value = _build(hint, value, here)

@@ -31,7 +31,7 @@ def report(run: cfg.Run, program: Program) -> Iterator[str]:
         yield f"  group {group.family}: {size:,} params ({listed})"
     began = time.perf_counter()
     state = program.init()
-    compiled = program.meta_step.lower(program.data, state).compile()
+    compiled = program.stages[0].meta_step.lower(program.data, state).compile()
     yield f"compiled in {time.perf_counter() - began:.1f} s (less with what the cache holds)"
     memory = compiled.memory_analysis()
     if memory is not None:

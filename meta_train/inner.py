@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,12 @@ import optax
 from lopt.base import LearnedOptimizer, unknown
 from tasks.base import Task
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 META_LOSSES = ("train", "fresh", "validation")
+OBJECTIVES = ("mean", "final", "last")
+NORMALISE = ("none", "init", "reference")
 
 
 class Particle(NamedTuple):
@@ -24,6 +29,7 @@ class Particle(NamedTuple):
     phi: Any  # task parameters
     t: jax.Array  # () int32, inner steps since reset
     horizon: jax.Array  # () int32, T: inner steps until the next reset
+    scale: Any = ()  # () what meta-losses are divided by, () where that is no matter of the particle
 
 
 class Inner(NamedTuple):
@@ -37,12 +43,17 @@ class Inner(NamedTuple):
       theta_axes: a prefix tree of the particle: 0 where theta has an influence, None where it has none, for
         `vmap` over perturbations of theta: what they share is then computed once.
       shortest: the least horizon.
+      longest: the greatest horizon.
+      first: like `reset`, for the particles a meta-training begins with; None: `reset`. Particles that all began at
+        t = 0 with one horizon would march in step, and each meta-step would see one phase of training only.
     """
 
     reset: Callable[[jax.Array], Any]
     step: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array, jax.Array]]
     theta_axes: Any
     shortest: int
+    longest: int
+    first: Callable[[jax.Array], Any] | None = None
 
 
 class Horizon(NamedTuple):
@@ -59,8 +70,23 @@ class Horizon(NamedTuple):
         return jnp.clip(jnp.exp(log).astype(jnp.int32), self.low, self.high)
 
 
+def weight(t: Int[Array, ""], horizon: Int[Array, ""], last: int) -> Float[Array, ""]:
+    """Of the meta-loss of step t = 1 ... T, such that the mean over an episode is that over its last steps alone."""
+    return jnp.where(t > horizon - last, horizon.astype(jnp.float32) / last, 0.0)
+
+
 def make_inner(
-    rule: LearnedOptimizer, task: Task, *, horizon: Horizon, meta_loss: str = "validation", loss_limit: float = 3.0
+    rule: LearnedOptimizer,
+    task: Task,
+    *,
+    horizon: Horizon,
+    meta_loss: str = "validation",
+    loss_limit: float = 3.0,
+    objective: str = "mean",
+    last_steps: int = 50,
+    normalise: str = "none",
+    reference_loss: float = 0.0,
+    stagger: bool = False,
 ) -> Inner:
     """Couple a rule and a task.
 
@@ -70,15 +96,32 @@ def make_inner(
       horizon: of inner runs.
       meta_loss: the loss on the "train" batch of the step (before its update, at no cost), on a "fresh" training batch
         or on a "validation" batch (after the update).
-      loss_limit: meta-losses above it, and non-finite ones, count as this much.
+      loss_limit: meta-losses above it, and non-finite ones, count as this much, after normalising.
+      objective: the "mean" of an episode's meta-losses, the "final" one, or the mean of the "last" steps. Under these
+        two a trajectory that diverges is left to run to its horizon, where its loss counts.
+      last_steps: of objective "last".
+      normalise: divide meta-losses by nothing ("none"), by the loss at "init" of the same kind of batch, or by
+        `reference_loss` ("reference").
+      reference_loss: what a good optimizer reaches on this task.
+      stagger: the clocks of the first particles start at a uniformly drawn time, so that their first episodes are cut
+        short and they do not march in step.
 
     Raises:
-      ValueError: for an unknown meta_loss or a limit that is not positive.
+      ValueError: for an unknown name or a number out of range.
     """
-    if meta_loss not in META_LOSSES:
-        raise unknown("meta_train.make_inner", "meta_loss", meta_loss, META_LOSSES)
+    where = "meta_train.make_inner"
+    choices = (meta_loss, META_LOSSES), (objective, OBJECTIVES), (normalise, NORMALISE)
+    for name, (got, valid) in zip(("meta_loss", "objective", "normalise"), choices, strict=True):
+        if got not in valid:
+            raise unknown(where, name, got, valid)
     if not loss_limit > 0:
-        raise ValueError(f"meta_train.make_inner: loss_limit, got {loss_limit}; valid: > 0.")
+        raise ValueError(f"{where}: loss_limit, got {loss_limit}; valid: > 0.")
+    if objective == "last" and not 1 <= last_steps <= horizon.low:
+        raise ValueError(f"{where}: last_steps, got {last_steps}; valid: 1 to {horizon.low}, the shortest horizon.")
+    if normalise == "reference" and not reference_loss > 0:
+        raise ValueError(f"{where}: reference_loss, got {reference_loss}; valid: > 0, since losses are divided by it.")
+    last = {"mean": 0, "final": 1, "last": last_steps}[objective]
+    split = "validation" if meta_loss == "validation" else "train"
     value_and_grad = task.value_and_grad or jax.value_and_grad(task.loss)
 
     def bind(theta: Any, num_steps: Any) -> optax.GradientTransformationExtraArgs:
@@ -88,14 +131,27 @@ def make_inner(
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
 
     def reset(key: jax.Array) -> Particle:
-        phi_key, init_key, horizon_key = jax.random.split(key, 3)
+        phi_key, init_key, horizon_key, scale_key = jax.random.split(key, 4)
         phi = task.sample(phi_key)
         params = task.init(init_key, phi)
         steps = horizon.sample(horizon_key)
         # No state depends on theta's values, so zeros of its shapes do.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), template)
         grad_state = task.grad_transform.init(params) if task.grad_transform else ()
-        return Particle(params, bind(zeros, steps).init(params), grad_state, phi, jnp.zeros((), jnp.int32), steps)
+        opt_state, t = bind(zeros, steps).init(params), jnp.zeros((), jnp.int32)
+        return Particle(params, opt_state, grad_state, phi, t, steps, init_scale(scale_key, params, phi))
+
+    def init_scale(key: jax.Array, params: Any, phi: Any) -> Any:
+        if normalise != "init":
+            return ()
+        batch_key, loss_key = jax.random.split(key)
+        loss = task.loss(params, loss_key, phi, task.batch(batch_key, phi, task.data, split))
+        return jnp.maximum(loss, jnp.finfo(loss.dtype).tiny)
+
+    def first(key: jax.Array) -> Particle:
+        reset_key, clock_key = jax.random.split(key)
+        particle = reset(reset_key)
+        return particle._replace(t=jax.random.randint(clock_key, (), 0, particle.horizon))
 
     def step(theta: Any, particle: Particle, key: jax.Array):
         batch_key, loss_key, meta_batch_key, meta_key = jax.random.split(key, 4)
@@ -108,14 +164,19 @@ def make_inner(
         updates, opt_state = tx.update(grads, particle.opt_state, particle.params, value=value)
         params = optax.apply_updates(particle.params, updates)
         if meta_loss != "train":
-            split = "validation" if meta_loss == "validation" else "train"
             meta_batch = task.batch(meta_batch_key, particle.phi, task.data, split)
             value = task.loss(params, meta_key, particle.phi, meta_batch)
+        if normalise != "none":
+            value = value / (particle.scale if normalise == "init" else reference_loss)
         diverged = ~jnp.isfinite(value)
         value = jnp.where(diverged, loss_limit, jnp.minimum(value, loss_limit))
         t = particle.t + 1
+        done = t >= particle.horizon
+        if last:
+            value = value * weight(t, particle.horizon, last)
+            diverged = diverged & done  # a reset before would spare it the loss that counts
         moved = particle._replace(params=params, opt_state=opt_state, grad_state=grad_state, t=t)
-        return moved, value, t >= particle.horizon, diverged
+        return moved, value, done, diverged
 
-    axes: Any = Particle(0, 0, 0, phi=None, t=None, horizon=None)  # pyrefly: ignore
-    return Inner(reset, step, axes, horizon.low)
+    axes: Any = Particle(0, 0, 0, phi=None, t=None, horizon=None, scale=None)  # pyrefly: ignore
+    return Inner(reset, step, axes, horizon.low, horizon.high, first if stagger else None)

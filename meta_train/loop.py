@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,7 @@ from meta_train import distributed
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
-from meta_train.inner import Horizon, make_inner
-from tasks.base import Task
+from meta_train.inner import Horizon, Inner, make_inner
 
 AXIS = "particles"
 PROFILED = (2, 6)  # meta-steps of a trace, counted from the first of this process
@@ -45,6 +45,14 @@ class State(NamedTuple):
     skipped: Any  # () int32, meta-steps whose gradient was not finite and was not applied
 
 
+class Stage(NamedTuple):
+    """A part of the curriculum: one jitted function."""
+
+    start: int  # its first meta-step
+    meta_step: jax.stages.Wrapped
+    inner_steps: int  # inner updates in one meta-step, both signs counted; at most, where episodes are whole
+
+
 class Program(NamedTuple):
     """A run, compiled lazily.
 
@@ -52,17 +60,30 @@ class Program(NamedTuple):
       rule: that is meta-trained.
       data: pytree of the groups' data, on every device.
       init: `() -> State`.
-      meta_step: `(data, State) -> (State, metrics)`; State is donated; metrics are scalars by name.
+      stages: each with its `meta_step: (data, State) -> (State, metrics)`; State is donated and of the same shapes in
+        all; metrics are scalars by name.
       place: puts a State of host arrays on the devices.
-      inner_steps: inner updates in one meta-step, both signs counted.
     """
 
     rule: LearnedOptimizer
     data: tuple[Any, ...]
     init: Callable[[], State]
-    meta_step: jax.stages.Wrapped
+    stages: tuple[Stage, ...]
     place: Callable[[State], State]
-    inner_steps: int
+
+    def at(self, step: int) -> Stage:
+        """The stage of a meta-step, counted from 0."""
+        return max((stage for stage in self.stages if stage.start <= step), key=lambda stage: stage.start)
+
+    @property
+    def meta_step(self):
+        """Of the first stage."""
+        return self.stages[0].meta_step
+
+    @property
+    def inner_steps(self) -> int:
+        """Of the first stage."""
+        return self.stages[0].inner_steps
 
 
 def meta_optimizer(spec: cfg.MetaOptimizer, meta_steps: int) -> optax.GradientTransformation:
@@ -74,6 +95,46 @@ def meta_optimizer(spec: cfg.MetaOptimizer, meta_steps: int) -> optax.GradientTr
     return optax.chain(optax.clip(spec.clip), optax.adam(schedule))
 
 
+def by_part(where: str, theta: Any, values: Mapping[str, Any], default: Any) -> Any:
+    """A tree like theta of the values given for its parts by dotted path; the longest path that fits counts.
+
+    Raises:
+      ValueError: if a path names nothing in theta.
+    """
+    names = list(named_leaves(theta))
+    for part in values:
+        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+            raise unknown(where, "part of theta", part, {name.split(".")[0] for name in names} | set(names))
+
+    def value(name: str) -> Any:
+        fitting = [part for part in values if f"{name}.".startswith(f"{part}.")]
+        return values[max(fitting, key=len)] if fitting else default
+
+    return jax.tree.unflatten(jax.tree.structure(theta), [value(name) for name in names])
+
+
+def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation: int) -> Estimator:
+    """The estimator of a config, given those of the settings that it takes.
+
+    Raises:
+      ValueError: for an unknown estimator, a setting it does not have, or a value out of range.
+    """
+    if spec.name not in ESTIMATORS:
+        raise unknown("config.estimator.name", "estimator", spec.name, ESTIMATORS)
+    factory = getattr(importlib.import_module(ESTIMATORS[spec.name]), spec.name)
+    takes = inspect.signature(factory).parameters
+    for name, setting, got in (("sign", "sign", spec.sign), ("std_parts", "std", spec.std_parts)):
+        if got and setting not in takes:
+            raise ValueError(
+                f"config.estimator.{name}, got {got}; valid: none, since {spec.name} does not perturb theta."
+            )
+    std = spec.std
+    if spec.std_parts:
+        std = by_part("config.estimator.std_parts", template, spec.std_parts, spec.std)
+    settings = dict(pairs=spec.pairs, particles=spec.pairs, std=std, truncation=truncation, sign=spec.sign)
+    return factory(inner, **{name: value for name, value in settings.items() if name in takes})
+
+
 def freeze(tx: optax.GradientTransformation, theta: Any, parts: Sequence[str]) -> optax.GradientTransformation:
     """Leave parts of theta as they are: their update is masked, so that no decay or momentum moves them either.
 
@@ -82,12 +143,7 @@ def freeze(tx: optax.GradientTransformation, theta: Any, parts: Sequence[str]) -
     """
     if not parts:
         return tx
-    names = list(named_leaves(theta))
-    for part in parts:
-        if not any(f"{name}.".startswith(f"{part}.") for name in names):
-            raise unknown("config.freeze", "part of theta", part, {name.split(".")[0] for name in names} | set(names))
-    labels = ["freeze" if any(f"{name}.".startswith(f"{part}.") for part in parts) else "train" for name in names]
-    labels = jax.tree.unflatten(jax.tree.structure(theta), labels)
+    labels = by_part("config.freeze", theta, dict.fromkeys(parts, "freeze"), "train")
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
@@ -121,8 +177,6 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     """
     rule = rules.make(run.rule, **run.rule_settings)
     group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
-    if run.estimator.name not in ESTIMATORS:
-        raise unknown("config.estimator.name", "estimator", run.estimator.name, ESTIMATORS)
     available = jax.device_count()
     devices = jax.devices()[: _devices(run.estimator.pairs, available)]
     if distributed.several() and len(devices) < available:
@@ -133,18 +187,25 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
     start_theta = _start(run, rule, start)
-    tx = freeze(tx, jax.eval_shape(rule.init_theta, jax.random.key(0)), run.freeze)
+    template = jax.eval_shape(rule.init_theta, jax.random.key(0))
+    tx = freeze(tx, template, run.freeze)
     weights = [group.weight / sum(g.weight for g in run.groups) for group in run.groups]
     seed = partial(jax.random.fold_in, jax.random.key(run.seed))
 
-    def estimator(task: Task, data: Any) -> Estimator:
-        horizon = Horizon(run.horizon.low, run.horizon.high)
+    def estimator(stage: cfg.Stage, group: int, data: Any) -> Estimator:
         inner = make_inner(
-            rule, task._replace(data=data), horizon=horizon, meta_loss=run.meta_loss, loss_limit=run.loss_limit
+            rule,
+            group_tasks[group]._replace(data=data),
+            horizon=Horizon(stage.low, stage.high),
+            meta_loss=run.meta_loss,
+            loss_limit=run.loss_limit,
+            objective=run.objective,
+            last_steps=run.last_steps,
+            normalise=run.normalise,
+            reference_loss=run.groups[group].reference_loss,
+            stagger=run.horizon.staggered,
         )
-        factory = getattr(importlib.import_module(ESTIMATORS[run.estimator.name]), run.estimator.name)
-        spec = run.estimator
-        return factory(inner, pairs=spec.pairs, std=spec.std, truncation=spec.truncation)
+        return make_estimator(run.estimator, inner, template, stage.truncation)
 
     spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
     layout = State(everywhere, everywhere, everywhere, spread, everywhere)
@@ -159,31 +220,31 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
 
         @jax.jit
         def particles(keys, data, theta):
-            each = zip(group_tasks, data, keys, strict=True)
-            return tuple(estimator(task, d).init(key, theta) for task, d, key in each)
+            first = run.schedule()[0]
+            each = enumerate(zip(data, keys, strict=True))
+            return tuple(estimator(first, i, d).init(key, theta) for i, (d, key) in each)
 
         states = particles(group_keys, tuple(task.data for task in group_tasks), theta)
         zero = jnp.zeros((), jnp.int32)
         return State(zero, theta, tx.init(theta), states, zero)
 
-    def local_estimates(data, step, theta, states) -> tuple[list[Estimate], tuple[Any, ...]]:
+    def local_estimates(stage, data, step, theta, states) -> tuple[list[Estimate], tuple[Any, ...]]:
         """Runs on every device with its share of the particles."""
         key = jax.random.fold_in(seed(1), step)
         out = [
-            estimator(task, d).estimate(jax.random.fold_in(key, i), theta, state)
-            for i, (task, d, state) in enumerate(zip(group_tasks, data, states, strict=True))
+            estimator(stage, i, d).estimate(jax.random.fold_in(key, i), theta, state)
+            for i, (d, state) in enumerate(zip(data, states, strict=True))
         ]
         return [estimate.across(AXIS) for estimate, _ in out], tuple(state for _, state in out)
 
-    estimates = jax.shard_map(
-        local_estimates,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, everywhere, spread),
-        out_specs=(everywhere, spread),
-        check_vma=False,
-    )
-
-    def meta_step(data, state: State) -> tuple[State, dict[str, jax.Array]]:
+    def meta_step(stage, data, state: State) -> tuple[State, dict[str, jax.Array]]:
+        estimates = jax.shard_map(
+            partial(local_estimates, stage),
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, everywhere, spread),
+            out_specs=(everywhere, spread),
+            check_vma=False,
+        )
         found, estimators = estimates(data, state.step, state.theta, state.estimators)
         grad = jax.tree.map(lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *(e.grad for e in found))
         norm = optax.tree.norm(grad)
@@ -202,22 +263,24 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
             "resets": sum(e.resets for e in found),
             "skipped": skipped,
             **{f"meta_loss/{i}": e.loss for i, e in enumerate(found)},
+            **{f"grad_norm/{i}": e.norm for i, e in enumerate(found)},
+            **{f"diverged/{i}": e.diverged for i, e in enumerate(found)},
         }
         return State(state.step + 1, theta, opt, estimators, skipped), metrics
 
-    data = jax.device_put(jax.device_get(tuple(task.data for task in group_tasks)), NamedSharding(mesh, everywhere))
-    inner_steps = len(run.groups) * run.estimator.pairs * 2 * run.estimator.truncation
+    def compiled(stage: cfg.Stage) -> Stage:
+        each = enumerate(group_tasks)
+        inner_steps = sum(estimator(stage, i, task.data).inner_steps for i, task in each)
+        # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
+        out = shardings, NamedSharding(mesh, everywhere)
+        return Stage(stage.start, jax.jit(partial(meta_step, stage), donate_argnums=1, out_shardings=out), inner_steps)
+
     # By way of the host: an array of one process cannot be spread over the devices of all.
-    program = Program(
-        rule,
-        data,
-        lambda: place(jax.device_get(initial())),
-        jax.jit(meta_step, donate_argnums=1),
-        place,
-        inner_steps,
-    )
-    # Errors of settings surface before anything is written.
-    jax.eval_shape(program.meta_step, data, jax.eval_shape(initial))
+    data = jax.device_put(jax.device_get(tuple(task.data for task in group_tasks)), NamedSharding(mesh, everywhere))
+    stages = tuple(compiled(stage) for stage in run.schedule())
+    program = Program(rule, data, lambda: place(jax.device_get(initial())), stages, place)
+    for stage in program.stages:  # errors of settings surface before anything is written
+        jax.eval_shape(stage.meta_step, data, jax.eval_shape(initial))
     return program
 
 
@@ -300,17 +363,17 @@ def train(
     state, at = _restore(run, program, checkpoints, say)
     log = Log(folder, after=at) if first else None
     pending: list[dict[str, jax.Array]] = []
-    loss, since = float("inf"), time.monotonic()
+    loss, since, unrolled, came = float("inf"), time.monotonic(), 0, 0
     report_to = progress("meta-step", run.meta_steps, start=at) if first else nullcontext(lambda *_: None)
-    came = 0
     with stop_requests() as stop, report_to as report:
         begin = at
         while at < run.meta_steps and not came:
             if profile and at - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(folder / "profile"))
-            state, metrics = program.meta_step(program.data, state)
+            stage = program.at(at)
+            state, metrics = stage.meta_step(program.data, state)
             pending.append(metrics)
-            at += 1
+            at, unrolled = at + 1, unrolled + stage.inner_steps
             if profile and at - begin == PROFILED[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -318,8 +381,8 @@ def train(
             if at % run.log_every == 0 or at == run.meta_steps:
                 line = _summary(jax.device_get(pending))
                 now = time.monotonic()
-                speed = len(pending) * program.inner_steps / (now - since)
-                pending, since, loss = [], now, line["meta_loss"]
+                speed = unrolled / (now - since)
+                pending, since, unrolled, loss = [], now, 0, line["meta_loss"]
                 if log:
                     log.write({"step": at, **line, "inner_steps_per_second": round(speed)})
                 report(at, f"meta-loss {loss:.3f}  {speed:,.0f} inner steps/s  diverged {line['diverged']:.0f}")
@@ -367,7 +430,8 @@ def _restore(
 def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
     """Counts are summed over the window, `skipped` is a running total, the rest are means."""
     line = {name: sum(float(m[name]) for m in window) / len(window) for name in window[0]}
-    for name in ("diverged", "resets"):
-        line[name] *= len(window)
+    for name in line:
+        if name.split("/")[0] in ("diverged", "resets"):
+            line[name] *= len(window)
     line["skipped"] = float(window[-1]["skipped"])
     return line

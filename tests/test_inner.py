@@ -82,8 +82,66 @@ def test_grad_transform_is_applied_with_its_state_in_the_particle():
     assert any(np.any(x) for x in leaves)
 
 
+QUICK_RULE, QUICK_TASK = rules.make("nn_adam", lr0=0.1), TASK  # compiles in a second
+
+
+def episode(task=QUICK_TASK, **settings):
+    """Weighted meta-losses, ends and divergences of one inner run, and its first particle."""
+    inner = make_inner(QUICK_RULE, task, horizon=Horizon(7, 7), **settings)
+    first = particle = jax.jit(inner.reset)(jax.random.key(1))
+    step, seen = jax.jit(inner.step), []
+    for k in range(7):
+        particle, *rest = step(QUICK_RULE.init_theta(jax.random.key(0)), particle, jax.random.key(k))
+        seen.append(rest)
+    return (*(np.asarray(x) for x in zip(*seen, strict=True)), first)
+
+
+def test_objectives_are_means_of_weighted_losses():
+    losses, ends, *_ = episode()
+    assert ends.tolist() == [False] * 6 + [True]
+    for objective, steps in (("final", 1), ("last", 3)):
+        weighted, *_ = episode(objective=objective, last_steps=3)
+        np.testing.assert_allclose(weighted.mean(), losses[-steps:].mean(), rtol=1e-5)
+        assert not weighted[:-steps].any()
+
+
+def test_what_diverges_before_the_loss_that_counts_is_charged_for_it():
+    broken = QUICK_TASK._replace(loss=lambda params, *_: jnp.sqrt(-jnp.ones(())) * jnp.sum(params["layer0"]["w"]))
+    weighted, _, diverged, _ = episode(broken, objective="final", loss_limit=2.0)
+    np.testing.assert_allclose(weighted.mean(), 2.0)
+    assert diverged.tolist() == [False] * 6 + [True]
+
+
+def test_losses_are_normalised():
+    losses, *_ = episode(loss_limit=100.0)
+    over, *_ = episode(loss_limit=100.0, normalise="reference", reference_loss=0.25)
+    np.testing.assert_allclose(over, losses / 0.25, rtol=1e-5)
+    # Limited after normalising.
+    over, _, _, first = episode(loss_limit=0.9, normalise="init")
+    np.testing.assert_allclose(over, np.minimum(losses / first.scale, 0.9), rtol=1e-5)
+    assert (over < 0.9).any()
+    # About the loss at init; a minibatch's differs from batch to batch.
+    assert 0.5 * QUICK_TASK.init_loss < float(first.scale) < 2 * QUICK_TASK.init_loss
+
+
+def test_first_particles_are_staggered():
+    inner = make_inner(RULE, TASK, horizon=Horizon(10, 10), stagger=True)
+    first = jax.vmap(inner.first)(jax.random.split(jax.random.key(0), 500))
+    assert set(np.asarray(first.t)) == set(range(10))
+    assert not inner.reset(jax.random.key(0)).t
+    assert make_inner(RULE, TASK, horizon=Horizon(10, 10)).first is None
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="valid: fresh, train, validation"):
         make_inner(RULE, TASK, horizon=Horizon(3, 3), meta_loss="test")
     with pytest.raises(ValueError, match="loss_limit"):
         make_inner(RULE, TASK, horizon=Horizon(3, 3), loss_limit=0.0)
+    for settings, says in (
+        (dict(objective="median"), "unknown objective 'median'.*valid: final, last, mean"),
+        (dict(objective="last", last_steps=4), "last_steps, got 4; valid: 1 to 3"),
+        (dict(normalise="yes"), "unknown normalise 'yes'.*valid: init, none, reference"),
+        (dict(normalise="reference"), r"reference_loss, got 0.0; valid: > 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make_inner(RULE, TASK, horizon=Horizon(3, 3), **settings)

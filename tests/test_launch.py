@@ -48,6 +48,19 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--groups.0.settings", '{"data": "mnist"}'], "mnist5k"),
         (["quickstart", "--estimator.name", "pse"], "Did you mean 'pes'?"),
         (["quickstart", "--meta-loss", "test"], "fresh, train, validation"),
+        (["quickstart", "--objective", "finale"], "Did you mean 'final'?"),
+        (["quickstart", "--normalise", "reference"], "reference_loss, got 0.0; valid: > 0"),
+        (["quickstart", "--horizon.stagger", "yes"], "horizon.stagger, got 'yes'; valid: auto, always, never"),
+        (["quickstart", "--estimator.sign", "-1"], "estimator.sign, got -1.0; valid: >= 0"),
+        (
+            ["quickstart", "--estimator.std-parts", '{"mpl": 0.1}'],
+            "config.estimator.std_parts: unknown part of theta 'mpl'",
+        ),
+        (["quickstart", "--estimator.std-parts", '{"mlp": "a"}'], "estimator.std_parts: mlp, got a; valid: > 0"),
+        (
+            ["quickstart", "--estimator.name", "full_backprop", "--estimator.sign", "1"],
+            "config.estimator.sign, got 1.0; valid: none, since full_backprop does not perturb theta",
+        ),
         (
             ["quickstart", "--compare", "quikstart"],
             "config.compare: unknown suite 'quikstart'; valid: digits, quickstart",
@@ -92,6 +105,12 @@ def test_an_existing_run_directory_is_left_alone(capsys, tmp_path, monkeypatch):
         ({"estimator": {"pears": 1}}, "config.estimator: unknown key 'pears'"),
         ({"groups": [{"weight": 1.0}]}, "config.groups.0, got no family"),
         ({"groups": 3}, "config.groups"),
+        (
+            {"stages": [{"start": 5, "low": 10, "high": 20, "truncation": 50}]},
+            "low, got 10; valid: >= its truncation = 50",
+        ),
+        ({"stages": [{"start": 0, "low": 60, "high": 90, "truncation": 50}]}, "stages: starts, got [0]"),
+        ({"stages": [{"start": 5, "low": 60, "truncation": 50}]}, "config.stages.0, got no high"),
         ({"rule_settings": 3}, "config.rule_settings, got 3; valid: an object"),
     ],
 )

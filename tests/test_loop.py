@@ -114,6 +114,19 @@ def test_frozen_parts_stand_still():
         loop.build(dataclasses.replace(SMALL, freeze=("mpl",)))
 
 
+def test_parts_of_theta_have_their_own_std():
+    template = jax.eval_shape(rules.make("tiny", hidden=2).init_theta, jax.random.key(0))
+    stds = loop.by_part("here", template, {"mlp": 0.02, "mlp.1": 0.03, "log_step": 0.5}, 0.01)
+    assert {(layer.w, layer.b) for layer in (stds.mlp[0], stds.mlp[2])} == {(0.02, 0.02)}
+    assert (stds.mlp[1].w, stds.skip, stds.log_step) == (0.03, 0.01, 0.5)
+
+
+def test_stages_follow_each_other():
+    stages = (loop.Stage(0, "a", 1), loop.Stage(5, "b", 1), loop.Stage(9, "c", 1))
+    program = loop.Program(None, (), None, stages, None)
+    assert [program.at(step).meta_step for step in (0, 4, 5, 8, 9, 99)] == ["a", "a", "b", "b", "c", "c"]
+
+
 def test_meta_training_starts_where_it_is_told(tmp_path):
     rule = rules.make("tiny", hidden=2)
     theta = jax.tree.map(lambda x: x + 0.5, rule.init_theta(jax.random.key(9)))

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from meta_train import loop
-from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
+from meta_train.checkpoint import Checkpoints, digest
+from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Stage
+from meta_train.estimators import REGISTRY
 
 META_STEPS = 24
 ARGUMENTS = [
@@ -97,6 +99,39 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, uninterrupted):
     assert got == 0, out
     assert f"checkpoint {newest.name} is damaged" in out
     assert theta(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("name", [*REGISTRY, "pes in stages"])
+def test_every_estimator_resumes_bit_for_bit(tmp_path, name):
+    """All that it carries on is in the checkpoint, also where a stage of a curriculum begins."""
+    name, _, staged = name.partition(" in ")
+    run = Run(
+        name="x",
+        rule="nn_adam",
+        groups=(Group("tabular_mlp", {"hidden": [], "batch_size": 8}),),
+        estimator=Estimator(name, pairs=2, truncation=4),
+        horizon=Horizon(6, 6),
+        meta_optimizer=MetaOptimizer(warmup=0),
+        meta_loss="train",
+        stages=(Stage(3, 7, 9, 5),) if staged else (),
+        meta_steps=5,
+    )
+    program = loop.build(run)
+
+    def go_on(state, start, end):
+        for step in range(start, end):
+            state, _ = program.at(step).meta_step(program.data, state)
+        return state
+
+    whole = digest(go_on(program.init(), 0, 5))
+    checkpoints = Checkpoints(tmp_path, run.identity())
+    state = go_on(program.init(), 0, 3)
+    checkpoints.save(3, state, 0.0)
+    checkpoints.close()
+    at, saved, remarks = Checkpoints(tmp_path, run.identity()).restore(program.init())
+    assert (at, remarks) == (3, [])
+    assert digest(go_on(program.place(saved), at, 5)) == whole
+    assert [stage.meta_step._cache_size() for stage in program.stages] == [1] * (2 if staged else 1)
 
 
 def test_meta_steps_move_theta():

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 
 class Estimate(NamedTuple):
     grad: Any  # like theta, of the mean meta-loss of an inner step
     loss: jax.Array  # () mean meta-loss over particles and inner steps
     diverged: jax.Array  # () int32, trajectories that diverged in this window
-    resets: jax.Array  # () int32, pairs that were reset in this window, divergence included
+    resets: jax.Array  # () int32, particles (pairs) that were reset in this window, divergence included
+
+    @property
+    def norm(self) -> jax.Array:
+        """() Euclidean norm of the gradient."""
+        return optax.tree.norm(self.grad)
 
     def across(self, axis: str) -> Estimate:
         """The estimate over all devices of a mapped axis, each holding the same number of particles."""
@@ -29,3 +35,4 @@ class Estimator(NamedTuple):
 
     init: Callable[[jax.Array, Any], Any]
     estimate: Callable[[jax.Array, Any, Any], tuple[Estimate, Any]]
+    inner_steps: int  # inner updates of one estimate, all copies of all particles; an upper bound for whole episodes

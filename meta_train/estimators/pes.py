@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from meta_train.estimators import unroll
 from meta_train.estimators.base import Estimate, Estimator
 from meta_train.inner import Inner
 
@@ -29,7 +30,7 @@ class State(NamedTuple):
 
 
 def gradient(
-    before: Float[Array, " N"], after: Float[Array, " N"], xi: Float[Array, "N P"], eps: Float[Array, "N P"], std: float
+    before: Float[Array, " N"], after: Float[Array, " N"], xi: Float[Array, "N P"], eps: Float[Array, "N P"], std: Any
 ) -> Float[Array, " P"]:
     """Mean over pairs of the antithetic estimate.
 
@@ -38,7 +39,7 @@ def gradient(
       after: the same over the steps after it.
       xi: noise summed over the earlier windows of the trajectory.
       eps: this window's noise.
-      std: of the noise.
+      std: of the noise, () or [P].
     """
     weighted = before[:, None] * (xi + eps) + after[:, None] * eps
     return weighted.mean(0) / (2 * std**2)
@@ -52,85 +53,41 @@ def next_noise(
     return jnp.where(at_end[:, None], 0.0, summed)
 
 
-def pes(inner: Inner, *, pairs: int = 8, std: float = 0.01, truncation: int = 50) -> Estimator:
+def pes(inner: Inner, *, pairs: int = 8, std: Any = 0.01, truncation: int = 50, sign: float = 0.0) -> Estimator:
     """Build the estimator.
 
     Args:
       inner: see `Inner`.
       pairs: N antithetic pairs of particles.
-      std: of the perturbation of theta.
+      std: of the perturbation of theta: a number, or a tree like theta of numbers.
       truncation: K inner steps a window.
+      sign: where it is not 0, a pair's mean difference before a reset, and that after one, count as ± this much. Robust
+        and no longer unbiased.
 
     Raises:
       ValueError: on an argument out of range.
     """
-    if pairs < 1:
-        raise ValueError(f"pes: pairs, got {pairs}; valid: >= 1.")
-    if not std > 0:
-        raise ValueError(f"pes: std, got {std}; valid: > 0.")
-    if not 1 <= truncation <= inner.shortest:
-        raise ValueError(
-            f"pes: truncation, got {truncation}; valid: 1 to {inner.shortest}, the shortest horizon of an inner run."
-        )
-    axes = inner.theta_axes
-    both_signs = jax.vmap(inner.step, in_axes=(0, axes, None), out_axes=(axes, 0, None, 0))
-    step_all = jax.vmap(both_signs)
-
-    def reset_all(keys: jax.Array) -> Any:
-        fresh = jax.vmap(inner.reset)(keys)
-        return _map_axes(lambda x: jnp.repeat(x[:, None], 2, axis=1), lambda x: x, axes, fresh)
+    unroll.require("pes", pairs=(pairs, pairs >= 1, ">= 1"), sign=(sign, sign >= 0, ">= 0"))
+    unroll.positive("pes", "std", std)
+    unroll.fits("pes", inner, truncation)
 
     def init(key: jax.Array, theta: Any) -> State:
         index = jnp.arange(pairs, dtype=jnp.int32)
-        noise = jnp.zeros((pairs, ravel_pytree(theta)[0].size), jnp.float32)
-        return State(reset_all(_fold(key, index)), noise, index)
+        xi = jnp.zeros((pairs, ravel_pytree(theta)[0].size), jnp.float32)
+        return State(unroll.reset(inner, unroll.fold(key, index), 2, first=True), xi, index)
 
     def estimate(key: jax.Array, theta: Any, state: State) -> tuple[Estimate, State]:
-        flat, unravel = ravel_pytree(theta)
-        eps_keys, reset_keys, step_keys = jnp.moveaxis(
-            jax.vmap(lambda k: jax.random.split(k, 3))(_fold(key, state.index)), 1, 0
+        scale = unroll.flat_std(std, theta)
+        eps_keys, reset_keys, step_keys = unroll.split(unroll.fold(key, state.index), 3)
+        eps = unroll.noise(eps_keys, scale, theta)
+        thetas, fresh = unroll.antithetic(theta, eps), unroll.reset(inner, reset_keys, 2)
+        seen = unroll.window(
+            inner, thetas, state.particles, fresh, step_keys, steps=truncation, score=unroll.difference
         )
-        eps = std * jax.vmap(lambda k: jax.random.normal(k, flat.shape, flat.dtype))(eps_keys)
-        perturbed = jnp.stack([flat[None] + eps, flat[None] - eps], axis=1)
-        thetas = jax.vmap(jax.vmap(unravel))(perturbed)
-        # Inits are dear beside an inner step and a window resets a pair once unless it diverges: draw them once.
-        fresh = reset_all(reset_keys)
+        before, after = (unroll.signed(part, sign * truncation) for part in (seen.before, seen.after))
+        grad = gradient(before, after, state.xi, eps, scale) / truncation
+        xi = next_noise(state.xi, eps, seen.was_reset, seen.at_end)
+        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged, seen.resets)
+        return result, State(seen.particles, xi, state.index)
 
-        def body(carry, k):
-            particles, before, after, was_reset, diverged = carry
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(step_keys)
-            particles, loss, done, bad = step_all(thetas, particles, keys)
-            difference = loss[:, 0] - loss[:, 1]
-            before = before + jnp.where(was_reset, 0.0, difference)
-            after = after + jnp.where(was_reset, difference, 0.0)
-            reset = done | bad.any(axis=1)
-            particles = jax.lax.cond(reset.any(), lambda: _select(reset, fresh, particles), lambda: particles)
-            carry = particles, before, after, was_reset | reset, diverged + bad.sum(dtype=jnp.int32)
-            return carry, (loss.mean(), reset)
-
-        zero = jnp.zeros(len(state.index), jnp.float32)
-        start = (state.particles, zero, zero, zero > 0, jnp.zeros((), jnp.int32))
-        (particles, before, after, was_reset, diverged), (losses, resets) = jax.lax.scan(
-            body, start, jnp.arange(truncation)
-        )
-        grad = gradient(before, after, state.xi, eps, std) / truncation
-        xi = next_noise(state.xi, eps, was_reset, resets[-1])
-        result = Estimate(unravel(grad), losses.mean(), diverged, resets.sum(dtype=jnp.int32))
-        return result, State(particles, xi, state.index)
-
-    return Estimator(init, estimate)
-
-
-def _fold(key: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-
-def _map_axes(on: Any, off: Any, axes: Any, tree: Any) -> Any:
-    """Apply `on` to the leaves whose prefix in `axes` is 0 and `off` to the others."""
-    return jax.tree.map(
-        lambda axis, part: jax.tree.map(off if axis is None else on, part), axes, tree, is_leaf=lambda x: x is None
-    )
-
-
-def _select(mask: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(mask.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+    return Estimator(init, estimate, 2 * pairs * truncation)

@@ -1,0 +1,247 @@
+"""What the estimators share: perturbations of theta, and the unroll of a window or of an episode. Not one itself.
+
+C is the number of copies of a particle that are unrolled side by side on the same task, batches and init: 2 antithetic
+signs, or 1 for backprop. What theta cannot influence has no copy axis, see `Inner.theta_axes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from meta_train.inner import Inner
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+    Score = Callable[[Float[Array, "N C"]], Float[Array, " N"]]  # what is summed of a step's meta-losses
+
+
+class Window(NamedTuple):
+    """K steps of every particle, with resets."""
+
+    particles: Any  # [N, C, ...] where theta has an influence, [N, ...] elsewhere
+    before: jax.Array  # [N] score summed over the steps up to the first reset, that step included
+    after: jax.Array  # [N] score summed over the steps after it
+    was_reset: jax.Array  # [N] bool
+    at_end: jax.Array  # [N] bool, the window's last step was an episode's last
+    loss: jax.Array  # () mean meta-loss
+    diverged: jax.Array  # () int32, copies that diverged
+    resets: jax.Array  # () int32
+
+
+class Episode(NamedTuple):
+    """One whole inner run of every particle."""
+
+    score: jax.Array  # [N] mean score of a step
+    loss: jax.Array  # () mean over particles of the episode's mean meta-loss
+    diverged: jax.Array  # () int32, copies that diverged at some step
+    steps: jax.Array  # [N] int32, length of the episode
+
+
+def difference(loss: Float[Array, "N 2"]) -> Float[Array, " N"]:
+    """L(+) - L(-), taken step by step: sums of equal losses then cancel exactly."""
+    return loss[:, 0] - loss[:, 1]
+
+
+def gradient(delta: Float[Array, " N"], eps: Float[Array, "N P"], std: Any) -> Float[Array, " P"]:
+    """Mean over pairs of the antithetic estimate; `delta` is L(+) - L(-), `std` () or [P]."""
+    return (delta[:, None] * eps).mean(0) / (2 * std**2)
+
+
+def signed(delta: Float[Array, " N"], size: float) -> Float[Array, " N"]:
+    """The differences, or their signs times `size` where that is not 0: one wild particle then counts like any other.
+
+    Source: Metz et al. (2022), "VeLO: training versatile learned optimizers by scaling up", arXiv:2211.09760.
+    """
+    return size * jnp.sign(delta) if size else delta
+
+
+def fold(key: jax.Array, index: jax.Array) -> jax.Array:
+    """[N] keys of the particles, by their global numbers."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def split(keys: jax.Array, count: int) -> jax.Array:
+    """[count, N] keys of [N] keys."""
+    return jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, count))(keys), 1, 0)
+
+
+def flat_std(std: Any, theta: Any) -> Any:
+    """A number as it is; a tree of numbers like theta as an array [P]."""
+    if isinstance(std, (int, float)):
+        return std
+    full = jax.tree.map(lambda s, part: jax.tree.map(lambda x: jnp.full(x.shape, s, x.dtype), part), std, theta)
+    return ravel_pytree(full)[0]
+
+
+def noise(keys: jax.Array, std: Any, theta: Any) -> Float[Array, "N P"]:
+    """Normal perturbations of the flat theta, by [N] keys."""
+    flat, _ = ravel_pytree(theta)
+    return jax.vmap(lambda k: std * jax.random.normal(k, flat.shape, flat.dtype))(keys)
+
+
+def antithetic(theta: Any, eps: Float[Array, "N P"], *, centre: bool = False) -> Any:
+    """Thetas [N, 2, ...] at ± eps; [N, 3, ...] with the unperturbed one last where `centre`."""
+    flat, unravel = ravel_pytree(theta)
+    flat = flat[None]
+    copies = [flat + eps, flat - eps] + ([jnp.broadcast_to(flat, eps.shape)] if centre else [])
+    return jax.vmap(jax.vmap(unravel))(jnp.stack(copies, axis=1))
+
+
+def unperturbed(theta: Any, particles: int) -> Any:
+    """Thetas [N, 1, ...], a copy for each particle, so that each has a gradient of its own."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (particles, 1, *x.shape)), theta)
+
+
+def finite_mean(grads: Any) -> tuple[Any, Int[Array, ""]]:
+    """Mean over the particles of gradients [N, 1, ...], and the number of those that are not finite and count as 0.
+
+    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step.
+    """
+    finite = jnp.stack([jnp.isfinite(g).all(axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]).all(axis=0)
+    kept = _select(finite, grads, jax.tree.map(jnp.zeros_like, grads))
+    return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(~finite, dtype=jnp.int32)
+
+
+def reset(inner: Inner, keys: jax.Array, copies: int, *, first: bool = False) -> Any:
+    """Fresh particles by [N] keys; the `first` of a meta-training may be staggered, see `Inner.first`."""
+    draw = inner.first if first and inner.first else inner.reset
+    return repeat(inner, jax.vmap(draw)(keys), copies)
+
+
+def repeat(inner: Inner, particles: Any, copies: int) -> Any:
+    """Particles [N, ...] with their copy axis."""
+    on = lambda x: jnp.repeat(x[:, None], copies, axis=1)  # noqa: E731
+    return _map_axes(on, lambda x: x, inner.theta_axes, particles)
+
+
+def pick(inner: Inner, particles: Any, copy: int) -> Any:
+    """One copy of the particles, without the copy axis."""
+    return _map_axes(lambda x: x[:, copy], lambda x: x, inner.theta_axes, particles)
+
+
+def step_copies(inner: Inner) -> Callable[..., tuple[Any, jax.Array, jax.Array, jax.Array]]:
+    """`inner.step` over N particles and C copies: losses and divergence are [N, C], ends [N]."""
+    axes = inner.theta_axes
+    return jax.vmap(jax.vmap(inner.step, in_axes=(0, axes, None), out_axes=(axes, 0, None, 0)))
+
+
+def window(
+    inner: Inner,
+    thetas: Any,
+    particles: Any,
+    fresh: Any,
+    keys: jax.Array,
+    *,
+    steps: int,
+    score: Score,
+    renewed: Any = None,
+    remat: bool = False,
+) -> Window:
+    """Unroll a window; a particle is reset when its horizon is reached or one of its copies diverges.
+
+    Args:
+      inner: see `Inner`.
+      thetas: [N, C, ...].
+      particles: where the window begins.
+      fresh: particles that take the place of those that end. Inits are dear beside an inner step and a window resets a
+        particle once unless it diverges, so there is one a window.
+      keys: [N], consumed.
+      steps: K.
+      score: what to sum of a step's meta-losses.
+      renewed: thetas of the episodes that begin inside the window, or None where they go on with the same.
+      remat: recompute a step's inside in the backward pass, so that only its particles are stored.
+    """
+    step = step_copies(inner)
+
+    def body(carry, k):
+        particles, current, before, after, was_reset, diverged = carry
+        now = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+        particles, loss, done, bad = step(thetas if renewed is None else current, particles, now)
+        gained = score(loss)
+        before = before + jnp.where(was_reset, 0.0, gained)
+        after = after + jnp.where(was_reset, gained, 0.0)
+        ended = done | bad.any(axis=1)
+        old, new = (particles, current), (fresh, renewed)
+        particles, current = jax.lax.cond(ended.any(), lambda: _select(ended, new, old), lambda: old)
+        carry = particles, current, before, after, was_reset | ended, diverged + bad.sum(dtype=jnp.int32)
+        return carry, (loss.mean(), ended)
+
+    zero = jnp.zeros(len(keys))
+    start = (particles, None if renewed is None else thetas, zero, zero, zero > 0, jnp.zeros((), jnp.int32))
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    last, (losses, ends) = jax.lax.scan(body, start, jnp.arange(steps))
+    particles, _, before, after, was_reset, diverged = last
+    return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, ends.sum(dtype=jnp.int32))
+
+
+def episode(
+    inner: Inner, thetas: Any, particles: Any, keys: jax.Array, *, score: Score, length: int | None = None
+) -> Episode:
+    """Unroll fresh particles to their horizons, whatever diverges: its later losses count as the limit.
+
+    Args:
+      inner: see `Inner`.
+      thetas: [N, C, ...].
+      particles: at t = 0.
+      keys: [N], consumed.
+      score: what to sum of a step's meta-losses.
+      length: steps to unroll, at least the longest horizon, as reverse mode needs; None: until the last one is done.
+    """
+    step = step_copies(inner)
+
+    def body(carry, k):
+        particles, total, losses, steps, running, bad = carry
+        now = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+        moved, loss, done, diverged = step(thetas, particles, now)
+        # One that is done stands still: what it would do past its horizon could only poison gradients.
+        particles = _select(running, moved, particles)
+        total = total + jnp.where(running, score(loss), 0.0)
+        losses = losses + jnp.where(running, loss.mean(axis=1), 0.0)
+        bad = bad | (diverged & running[:, None])
+        return (particles, total, losses, steps + running, running & ~done, bad), None
+
+    zero, count = jnp.zeros(len(keys)), jnp.zeros(len(keys), jnp.int32)
+    copies = jax.tree.leaves(thetas)[0].shape[1]
+    start = (particles, zero, zero, count, count == 0, jnp.zeros((len(keys), copies), bool))
+    if length is None:
+        loop = lambda carry: body(carry[:-1], carry[-1])[0] + (carry[-1] + 1,)  # noqa: E731
+        last = jax.lax.while_loop(lambda c: c[4].any(), loop, (*start, jnp.zeros((), jnp.int32)))[:-1]
+    else:
+        last, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, jnp.arange(length))
+    _, total, losses, steps, _, bad = last
+    return Episode(total / steps, (losses / steps).mean(), bad.sum(dtype=jnp.int32), steps)
+
+
+def require(where: str, **settings: tuple[Any, bool, str]) -> None:
+    """Raise ValueError for the first setting, given as (value, whether it is valid, what is), that is not valid."""
+    for name, (got, ok, valid) in settings.items():
+        if not ok:
+            raise ValueError(f"{where}: {name}, got {got}; valid: {valid}.")
+
+
+def positive(where: str, name: str, std: Any) -> None:
+    """Raise ValueError unless a std, or each of a tree of them, is positive."""
+    require(where, **{name: (std, all(s > 0 for s in jax.tree.leaves(std)), "> 0")})
+
+
+def fits(where: str, inner: Inner, truncation: int) -> None:
+    """Raise ValueError unless a window has room for at most one end of an episode that did not diverge."""
+    valid = f"1 to {inner.shortest}, the shortest horizon of an inner run"
+    require(where, truncation=(truncation, 1 <= truncation <= inner.shortest, valid))
+
+
+def _map_axes(on: Any, off: Any, axes: Any, tree: Any) -> Any:
+    """Apply `on` to the leaves whose prefix in `axes` is 0 and `off` to the others."""
+    return jax.tree.map(
+        lambda axis, part: jax.tree.map(off if axis is None else on, part), axes, tree, is_leaf=lambda x: x is None
+    )
+
+
+def _select(mask: Bool[Array, " N"], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(mask.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
