@@ -14,8 +14,9 @@ class LearnedOptimizer(NamedTuple):
 
     Fields:
       name: key of `lopt.rules.REGISTRY`.
-      settings: everything that changes the update besides theta (decays, multipliers, epsilons,
-        feature list …); JSON-serialisable, and enough to rebuild the rule: `rules.make(name, **settings)`.
+      settings: everything that changes the update besides theta and may be chosen (decays, multipliers, clipping,
+        quirks …); JSON-serialisable, and enough to rebuild the rule: `rules.make(name, **settings)`. Constants that are
+        a rule's definition (its list of features, their epsilons) are held by its tests and the artifact format.
       needs: what an update must be given, a subset of {"value", "num_steps", "grad_fn"}.
       init_theta: `key -> theta`, a pytree of float32 arrays; the key is consumed.
       bind: `(theta, *, num_steps, lr, weight_decay, …) -> optax.GradientTransformationExtraArgs`. The

@@ -32,6 +32,24 @@ class Accumulators(NamedTuple):
     col: Float[Array, "D *col"] | None  # the same over the second largest axis; rank < 2: None
 
 
+class Decays(NamedTuple):
+    """Of the moving averages: share of the old value that is kept at a step."""
+
+    m: tuple[float, ...] | Array  # [D] of the momenta
+    v: float | Array  # of the second moment
+    factored: tuple[float, ...] | Array  # [D] of the factored second moments
+
+
+def decays(rule: str, momenta: Sequence[float], second_moment: float, factored: Sequence[float], n: int = 3) -> Decays:
+    """Settings of a rule, n momenta and factored averages. Raises ValueError if there are others or not in [0, 1)."""
+    given = {"momenta": tuple(momenta), "second_moment": (second_moment,), "factored": tuple(factored)}
+    for key, values in given.items():
+        count = 1 if key == "second_moment" else n
+        if len(values) != count or not all(0 <= x < 1 for x in values):
+            raise ValueError(f"{rule}: {key}, got {list(values)}; valid: {count} in [0, 1).")
+    return Decays(given["momenta"], second_moment, given["factored"])
+
+
 class Factored(NamedTuple):
     """Adafactor's rsqrt preconditioners of one tensor; gradient times row times col is of order 1."""
 
@@ -60,25 +78,22 @@ def init_accumulators(p: Array, decays: int, axes: tuple[int, int] | None) -> Ac
     return Accumulators(zeros(None), jnp.zeros_like(p), zeros(largest), zeros(second))
 
 
-def ema(old: Array, new: Array, decay: Array) -> Array:
+def ema(old: Array, new: Array, decay: Array | Sequence[float]) -> Array:
     """decay · old + (1 - decay) · new, for D decays at once."""
-    d = decay.reshape((-1,) + (1,) * new.ndim).astype(new.dtype)
+    d = jnp.asarray(decay).reshape((-1,) + (1,) * new.ndim).astype(new.dtype)
     return d * old + (1 - d) * new[None]
 
 
-def accumulate(
-    acc: Accumulators, g: Array, axes: tuple[int, int] | None, *, m: Array, v: Array | float, factored: Array
-) -> Accumulators:
+def accumulate(acc: Accumulators, g: Array, axes: tuple[int, int] | None, decays: Decays) -> Accumulators:
     """One step of every moving average.
 
     Args:
       acc: the averages so far.
       g: gradient of the tensor, rank >= 1.
       axes: `factored_axes` of its shape.
-      m: [D] decays of the momenta.
-      v: decay of the second moment.
-      factored: [D] decays of the factored second moments.
+      decays: of the averages.
     """
+    m, v, factored = decays
     square = g * g
     second_moment = v * acc.v + (1 - v) * square
     floored = square + 1e-30

@@ -90,7 +90,7 @@ def load(
     schedule: Any = None,
     labels: Any = None,
     multipliers: Any = None,
-    nonfinite: Any = None,
+    nonfinite: Any = "skip_leaf",
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """A pretrained optimizer as an optax transform.
@@ -103,7 +103,7 @@ def load(
       schedule: "constant", "cosine", a function of (count, num_steps), or None for the rule's own.
       labels: `(path, leaf) -> label(s)`, see `lopt.transform.LABELS`.
       multipliers: tree like params of factors of each tensor's direction.
-      nonfinite: what a bad gradient skips: "skip_leaf", "skip_tree", nothing ("propagate"), or None: the rule's own.
+      nonfinite: what a bad gradient skips: "skip_leaf", "skip_tree" or nothing ("propagate").
       diagnostics: keep the root mean square of the last update by label in the state.
 
     Raises:

@@ -8,6 +8,7 @@ low-precision parameters are computed in float32, a non-finite gradient skips it
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt import explicit
 from lopt.base import LearnedOptimizer, unknown
 
 Schedule = Callable[[jax.Array, Any], Any]
@@ -65,12 +67,14 @@ class Arithmetic(NamedTuple):
     update: `(leaves, grads, states, params, shared, told) -> (directions, states, shared)`; parameters move
       along minus the direction.
     init_shared: `leaves -> state across tensors`.
+    clean: `gradient -> gradient`, before it is asked whether it is finite.
     decay: `(Leaf, weight_decay) -> weight decay of the tensor`, what `bind` was given unless an original has its own.
     """
 
     init_leaf: Callable[[Leaf, jax.Array], Any]
     update: Callable[..., tuple[list[Any], list[Any], Any]]
     init_shared: Callable[[list[Leaf]], Any] = lambda leaves: ()
+    clean: Callable[[jax.Array], jax.Array] = lambda g: g
     decay: Callable[[Leaf, Any], Any] = lambda leaf, weight_decay: weight_decay
 
 
@@ -108,7 +112,6 @@ def define(
     needs: Iterable[str] = (),
     lr: float = 1.0,
     schedule: str = "constant",
-    nonfinite: Nonfinite = "skip_leaf",
     decay_after: bool = False,
 ) -> LearnedOptimizer:
     """The `LearnedOptimizer` of a rule; the last line of every rule's factory.
@@ -121,11 +124,10 @@ def define(
       needs: see `LearnedOptimizer`.
       lr: the rule's own default.
       schedule: the rule's own default.
-      nonfinite: the rule's own default.
       decay_after: decay the moved parameters, p ← (p + u)(1 - lr · weight_decay), as some originals do.
     """
     needed = frozenset(needs)
-    default_lr, default_schedule, default_nonfinite = lr, schedule, nonfinite
+    default_lr, default_schedule = lr, schedule
 
     def bind(
         theta: Any,
@@ -136,7 +138,7 @@ def define(
         schedule: str | Schedule | None = None,
         labels: Labels = None,
         multipliers: Any = None,
-        nonfinite: Nonfinite | None = None,
+        nonfinite: Nonfinite = "skip_leaf",
         diagnostics: bool = True,
     ) -> optax.GradientTransformationExtraArgs:
         return as_optax(
@@ -149,7 +151,7 @@ def define(
             schedule=default_schedule if schedule is None else schedule,
             labels=labels,
             multipliers=multipliers,
-            nonfinite=default_nonfinite if nonfinite is None else nonfinite,
+            nonfinite=nonfinite,
             diagnostics=diagnostics,
             decay_after=decay_after,
         )
@@ -185,9 +187,9 @@ def as_optax(
       labels: `(path, leaf) -> label(s)` out of LABELS, or None for nothing special.
       multipliers: tree like params of factors of each tensor's direction (muP's: `lopt.mup.multipliers`), or None. The
         decay is not scaled, unless `decay_after` (where lr itself is scaled, as in the original).
-      nonfinite: what a gradient element that is NaN or infinite, or whose square is, skips: its "skip_leaf", the
-        "skip_tree", or nothing ("propagate": the rule sees it). For a rule that needs the loss, one that is not finite
-        skips the whole step.
+      nonfinite: what a gradient element that is NaN or infinite, or a sum of squares that is, skips: its "skip_leaf",
+        the "skip_tree", or nothing ("propagate": the rule sees it). For a rule that needs the loss, one that is not
+        finite skips the whole step.
       diagnostics: keep `State.update_rms`.
       decay_after: see `define`.
 
@@ -195,7 +197,7 @@ def as_optax(
       ValueError: on a bad argument, naming it, its value and the valid choices.
     """
     where = f"lopt.rules.{name}"
-    _check(where, needs, num_steps, lr, weight_decay, schedule, nonfinite)
+    _check(where, needs, num_steps, lr, weight_decay, schedule, labels, nonfinite)
     unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
     def describe(params) -> list[Leaf | None]:
@@ -203,13 +205,16 @@ def as_optax(
         return [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
 
     def init(params) -> State:
+        return _explicit(start, params, None, params)
+
+    def start(params) -> State:
         leaves, treedef = jax.tree.flatten(params)
         about = describe(params)
         states = [None if a is None else rule.init_leaf(a, _wide(p)) for a, p in zip(about, leaves, strict=True)]
-        zero = jnp.zeros((), jnp.int32)
         live = [a for a in about if a is not None]
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
-        return State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms)
+        zero = jnp.zeros((), jnp.int32)
+        return _apart(State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms))
 
     def step_of(leaf: Leaf, p, direction, rate, factor):
         """-rate · (factor · direction + decay · p)."""
@@ -222,15 +227,20 @@ def as_optax(
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args  # optax's convention: a transform ignores what it does not need
-        told = Told(state.count, num_steps, _loss(where, needs, params, value))
+        value = _loss(where, needs, params, value)
+        return _explicit(apply, params, state, updates, state, params, value)
+
+    def apply(updates, state, params, value):
+        told = Told(state.count, num_steps, value)
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         live = {i: a for i, a in enumerate(describe(params)) if a is not None}
         leaves = list(live.values())
-        p, g, s = [[xs[i] for i in live] for xs in ([_wide(x) for x in p_leaves], g_leaves, states)]
+        p, g, s = [_wide(p_leaves[i]) for i in live], [g_leaves[i] for i in live], [states[i] for i in live]
         # A tensor without a gradient stays where it is, but a rule across tensors still sees all of them.
         missing = [x is None for x in g]
         g = [jnp.zeros_like(y) if x is None else _wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
+        g = [rule.clean(x) for x in g]
         ok = _finite(g, nonfinite)
         if ok is not None:
             ok, g, told = _without_nonfinite(ok, g, told)
@@ -247,15 +257,15 @@ def as_optax(
             count = state.count + happened.astype(jnp.int32)
             skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
         rate = lr * unit_schedule(state.count, num_steps)
-        factors = [1.0] * len(p_leaves) if multipliers is None else treedef.flatten_up_to(multipliers)
-        out, steps = [jnp.zeros_like(x) for x in p_leaves], []
+        factors = _factors(where, leaves, multipliers)
+        out, steps = [_nothing(x) for x in p_leaves], []
         for j, i in enumerate(live):
             if missing[j]:
                 steps.append(jnp.zeros_like(p[j]))
                 continue
-            step = step_of(leaves[j], p[j], directions[j], rate, factors[i])
+            step = step_of(leaves[j], p[j], directions[j], rate, factors[j])
             steps.append(step if ok is None else jnp.where(ok[j], step, 0.0))
-            out[i] = steps[j].reshape(p_leaves[i].shape).astype(p_leaves[i].dtype)
+            out[i] = steps[j].reshape(out[i].shape).astype(out[i].dtype)
             states[i] = new_s[j]
         rms = _rms_by_group(leaves, steps) if diagnostics else None
         return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
@@ -263,7 +273,42 @@ def as_optax(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, schedule, nonfinite) -> None:
+def _apart(state: State) -> State:
+    """No array twice: a state that is donated may not share buffers with itself."""
+    seen: set[int] = set()
+    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in seen or seen.add(id(x)) else x, state)
+
+
+def _explicit(f: Callable[..., Any], params: Any, state: State | None, *args: Any) -> Any:
+    """f of args, with automatic axes where the parameters' mesh has explicit ones (see `lopt.explicit`)."""
+    mesh = explicit.mesh_of(params)
+    if mesh is None:
+        return f(*args)
+    like = state or jax.eval_shape(f, *map(explicit.without_sharding, args))
+    out = explicit.replicated(mesh, like)._replace(leaves=explicit.shardings(mesh, params, like.leaves))
+    out = out if state is None else (explicit.shardings(mesh, params, params), out)
+    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+
+def _factors(where: str, leaves: list[Leaf], multipliers: Any) -> list[Any]:
+    """Of each tensor, by its path: inside `optax.masked` the parameters are fewer than the multipliers."""
+    if multipliers is None:
+        return [1.0] * len(leaves)
+    named = {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in jax.tree.leaves_with_path(multipliers)}
+    for leaf in leaves:
+        if leaf.path not in named:
+            raise ValueError(f"{where}: multipliers has no {leaf.path!r}; valid: a tree like the parameters.")
+    return [named[leaf.path] for leaf in leaves]
+
+
+def _nothing(p: Any) -> Any:
+    """The update of a parameter that stays."""
+    if jax.dtypes.issubdtype(jax.typeof(p).dtype, jax.dtypes.extended):  # PRNG keys have no zero
+        return jnp.zeros(jnp.shape(p), jax.dtypes.float0)
+    return jnp.zeros_like(jnp.asarray(p))
+
+
+def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, schedule, labels, nonfinite) -> None:
     """Refuse arguments of `bind` that mean nothing."""
     if "num_steps" in needs and num_steps is None:
         raise ValueError(f"{where}: num_steps is None; this rule needs the horizon: pass num_steps=<total updates>.")
@@ -272,8 +317,18 @@ def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, sched
         if not (whole and 1 <= int(num_steps) < 2**31):
             raise ValueError(f"{where}: num_steps, got {num_steps!r}; valid: an integer >= 1.")
     for key, got in {"lr": lr, "weight_decay": weight_decay}.items():
-        if isinstance(got, (int, float)) and not 0 <= got < float("inf"):
-            raise ValueError(f"{where}: {key}, got {got}; valid: a finite number >= 0.")
+        if callable(got):
+            hint = "schedule=lambda count, num_steps: factor of lr, or optax.inject_hyperparams"
+            raise ValueError(f"{where}: {key}, got a function; valid: a number, with {hint}.")
+        if not isinstance(got, jax.Array) and not _at_least_0(got):  # a traced one cannot be asked
+            raise ValueError(f"{where}: {key}, got {got!r}; valid: a finite number >= 0.")
+    if not isinstance(schedule, str) and not _takes(schedule, 2):
+        raise ValueError(
+            f"{where}: schedule, got {schedule!r}; valid: {', '.join(SCHEDULES)}, or a function of (count, num_steps) "
+            "returning a factor of lr, e.g. lambda count, num_steps: optax_schedule(count)."
+        )
+    if labels is not None and not _takes(labels, 2):
+        raise ValueError(f"{where}: labels, got {labels!r}; valid: a function of (path, leaf).")
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise unknown(where, "schedule", schedule, SCHEDULES)
@@ -281,6 +336,24 @@ def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, sched
             raise ValueError(f"{where}: schedule='cosine' needs num_steps=<total updates>.")
     if nonfinite not in NONFINITE:
         raise unknown(where, "nonfinite", nonfinite, NONFINITE)
+
+
+def _at_least_0(x: Any) -> bool:
+    try:
+        return not isinstance(x, str) and 0 <= float(x) < float("inf")
+    except (TypeError, ValueError):
+        return False
+
+
+def _takes(f: Any, n: int) -> bool:
+    """Whether f is a function that can be called with n arguments."""
+    try:
+        inspect.signature(f).bind(*range(n))
+    except TypeError:
+        return False
+    except ValueError:  # a built-in one does not say
+        return callable(f)
+    return True
 
 
 def _loss(where: str, needs: frozenset[str], params, value) -> jax.Array | None:
@@ -328,8 +401,8 @@ def _finite(grads: list[jax.Array], nonfinite: Nonfinite) -> list[jax.Array] | N
     """() bool a leaf: may it be updated? None: do not ask."""
     if nonfinite == "propagate" or not grads:
         return None
-    # The square too: a gradient that overflows in a second moment poisons the state as much as a NaN.
-    ok = [jnp.all(jnp.isfinite(g * g)) for g in grads]
+    # Of the sum of squares: one that overflows poisons means of squares in the state as much as a NaN does.
+    ok = [jnp.isfinite(jnp.sum(g * g)) for g in grads]
     return ok if nonfinite == "skip_leaf" else [jnp.all(jnp.stack(ok))] * len(ok)
 
 
@@ -337,6 +410,8 @@ def _describe(where: str, path: Any, p: Any, labels: Any) -> Leaf | None:
     """What is known of a leaf; None for a frozen or empty one. Raises on a label or dtype that has no meaning."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     got = labels(name, p) if labels is not None else None
+    if not isinstance(got, str | Iterable | None):
+        raise ValueError(f"{where}: labels({name!r}), got {got!r}; valid: a label, several or None.")
     got = frozenset((got,) if isinstance(got, str) else got or ())
     for label in got - set(LABELS):
         raise unknown(f"{where}: labels({name!r})", "label", label, LABELS)

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-import tasks
 from lopt.console import span
 from meta_train import artifact
 from meta_train import config as cfg
-from meta_train.loop import Program
+from meta_train.loop import Program, param_shapes
 
 SECONDS = 5.0  # of meta-steps to measure, at least three
 
@@ -20,12 +19,7 @@ SECONDS = 5.0  # of meta-steps to measure, at least three
 def report(run: cfg.Run, program: Program) -> Iterator[str]:
     """Lines, each as soon as it is known. Compiles the meta-step and runs it for some seconds."""
     yield f"{run.name}: rule {run.rule}, {artifact.count(program.rule)} meta-parameters, {jax.device_count()} devices"
-    for group in run.groups:
-        task = tasks.make(group.family, **group.settings)
-        params = jax.eval_shape(lambda key, task=task: task.init(key, task.sample(key)), jax.random.key(0))
-        shapes = {
-            jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(params)
-        }
+    for group, shapes in zip(run.groups, param_shapes(run), strict=True):
         size = sum(int(np.prod(shape)) for shape in shapes.values())
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         yield f"  group {group.family}: {size:,} params ({listed})"

@@ -284,6 +284,17 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     return program
 
 
+def param_shapes(run: cfg.Run) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the params of each group's tasks, by "/"-joined key path."""
+    out = []
+    for group in run.groups:
+        task = tasks.make(group.family, **group.settings)
+        params = jax.eval_shape(lambda key, task=task: task.init(key, task.sample(key)), jax.random.key(0))
+        named = jax.tree.leaves_with_path(params)
+        out.append({jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named})
+    return out
+
+
 def _devices(pairs: int, available: int) -> int:
     """The largest number of devices over which the pairs divide evenly."""
     return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)

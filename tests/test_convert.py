@@ -140,9 +140,11 @@ def test_settings_that_the_file_does_not_say(tmp_path):
         convert.load(source, format="pylo", step_mult=0.5)
     _, other = convert.load(source, format="pylo", decays={"m": [0.9, 0.99, 0.999], "v": [0.95]})
     np.testing.assert_allclose(other.decays.m, 0, atol=1e-7)  # offsets from these very decays
-    from lopt.rules.small_fc import SECOND_MOMENT, decay_at
+    from lopt.rules.small_fc import decay_at
 
-    np.testing.assert_allclose(decay_at(SECOND_MOMENT, other.decays.v), [0.95], atol=1e-6)
+    np.testing.assert_allclose(decay_at((0.999,), other.decays.v), [0.95], atol=1e-6)
+    raw, _ = convert.load(source, format="pylo", rule="elo", momenta=[0.8, 0.9, 0.95])
+    assert raw.settings["momenta"] == (0.8, 0.9, 0.95)  # where they are not learned they are settings
     np.testing.assert_array_equal(other.decays.factored, theta.decays.factored)
 
 
@@ -155,7 +157,7 @@ BAD_ARGUMENTS = {
     r"hidden, got 4; the file says 3": {"hidden": 4},
     r"decays m, got \[2\]; valid: 3 in \(0, 1\)": {"decays": {"m": [2]}},
     r"unknown decay 'w'": {"decays": {"w": [0.5]}},
-    r"decays; valid: a mapping": {"decays": {"m": [0.5]}, "rule": "elo"},
+    r"decays, got .* for elo; valid: a mapping.*settings of the rule: momenta": {"decays": {"m": [0.5]}, "rule": "elo"},
     r"sha256, got 'abc'; valid: 64 hex digits": {"sha256": "abc"},
     r"has sha256 .*valid: 0000": {"sha256": "0" * 64},
 }

@@ -10,7 +10,7 @@ import pytest
 
 from lopt import features as F
 from lopt import transform
-from lopt.rules import celo2, mlp, small_fc, velo
+from lopt.rules import celo2, small_fc, velo
 
 
 @pytest.mark.parametrize("name", parity.COMMITTED)
@@ -46,7 +46,7 @@ def keywords(**changed):
 
 def first_step_corrected(inputs):
     """Momenta as bias correction has them at the first step."""
-    decays = small_fc.decay_at(small_fc.MOMENTUM, jnp.asarray(parity.PYLO_DECAY_OFFSETS[0]))
+    decays = small_fc.decay_at((0.9, 0.99, 0.999), jnp.asarray(parity.PYLO_DECAY_OFFSETS[0]))
     return lambda acc, *args: inputs(acc._replace(m=acc.m / (1 - decays.reshape(-1, *[1] * (acc.m.ndim - 1)))), *args)
 
 
@@ -92,6 +92,7 @@ def uncapped(update):
 SMALL, LEARNED, BASE, FULL = "pylo/adafaclo", "pylo/celo2_all_learned", "pylo/celo2_base", "pylo/celo2"
 MULO, ELO, VELO = "pylo/mulo", "pylo/elo", "pylo/velo"
 MLP, VELO2 = "learned_optimization/mlp_lopt_h32", "learned_optimization/hyper_v2_16_8"
+MLP_MOMENTA = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 MUTANTS = {  # what is wrong -> (case, object, attribute, right value -> wrong value)
     "row and column swapped": (SMALL, F, "factored_axes", lambda f: lambda shape: (axes := f(shape)) and axes[::-1]),
     "bias correction": (SMALL, small_fc, "inputs", first_step_corrected),
@@ -111,7 +112,7 @@ MUTANTS = {  # what is wrong -> (case, object, attribute, right value -> wrong v
     "four Newton-Schulz iterations": (FULL, celo2, "orthogonalize", lambda f: lambda x: f(x, 4)),
     "wrong matrix of a kernel": (FULL, celo2, "orthogonalize", on_first_axes),
     "decay of Adam's tensors": (FULL, parity, "CASES", settings(FULL, compat="")),
-    "momenta in another order": (MLP, mlp, "MOMENTUM", lambda decays: decays[::-1]),
+    "momenta in another order": (MLP, parity, "CASES", settings(MLP, momenta=MLP_MOMENTA[::-1])),
     "no muP multipliers": (MULO, parity, "CASES", binding(MULO, multipliers=None)),
     "not clipped at all": (ELO, parity, "CASES", settings(ELO, clip_norm=None)),
     "decay after the step": (ELO, transform, "as_optax", keywords(decay_after=True)),

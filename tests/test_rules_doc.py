@@ -25,7 +25,7 @@ def table(heading: str) -> dict[str, dict[str, str]]:
     start = next(i for i, row in enumerate(cells) if heading in row)
     rows = {}
     for row in cells[start + 2 :]:
-        if row[0] == "rule":
+        if row[0] == "rule" or len(row) != len(cells[start]):  # another table
             break
         rows[row[0].strip("`")] = dict(zip(cells[start], row, strict=True))
     return rows

@@ -158,20 +158,22 @@ def _offsets(
     out = dict(found.offsets) if built.settings.get("learned_decays") else {}
     if decays is None:
         return out
-    from lopt.rules import small_fc
-
-    initial = {"m": small_fc.MOMENTUM, "v": small_fc.SECOND_MOMENT, "factored": small_fc.FACTORED}
     if not out or not isinstance(decays, Mapping):
-        raise ValueError("lopt.convert.load: decays; valid: a mapping, where PyLO's decays are learned.")
-    for name, given in decays.items():
+        raise ValueError(
+            f"lopt.convert.load: decays, got {decays!r} for {built.name}; valid: a mapping, where PyLO's decays are "
+            "learned; elsewhere they are settings of the rule: momenta, second_moment, factored."
+        )
+    given = built.settings
+    initial = {"m": given["momenta"], "v": (given["second_moment"],), "factored": given["factored"]}
+    for name, wanted in decays.items():
         if name not in initial:
             raise unknown("lopt.convert.load", "decay", name, initial)
         try:
-            values = np.asarray(given, np.float64)
+            values = np.asarray(wanted, np.float64)
         except (TypeError, ValueError, OverflowError):
             values = np.zeros(0)
         start = np.asarray(initial[name])
         if values.shape != start.shape or not ((values > 0) & (values < 1)).all():
-            raise ValueError(f"lopt.convert.load: decays {name}, got {given!r}; valid: {start.size} in (0, 1).")
+            raise ValueError(f"lopt.convert.load: decays {name}, got {wanted!r}; valid: {start.size} in (0, 1).")
         out[f"decays.{name}"] = ((np.log1p(-values) - np.log1p(-start)) / 10).astype(np.float32)
     return out

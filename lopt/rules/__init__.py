@@ -38,6 +38,12 @@ def make(name: str, **settings) -> LearnedOptimizer:
 def _check(where: str, value: object, annotation: str) -> None:
     """Refuse a value of another type than the factory's annotation ("int", "float | None" …) says."""
     kind, _, optional = annotation.partition(" | ")
+    if kind == "tuple[float, ...]":
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}, got {value!r}; valid: a list of numbers.")
+        for x in value:
+            _check(where, x, "float")
+        return
     if value is None and optional:
         return
     types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]

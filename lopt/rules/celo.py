@@ -35,6 +35,9 @@ def celo(
     hidden: int = 4,
     step_mult: float = 1e-3,
     exp_mult: float = 1e-3,
+    momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
+    second_moment: float = 0.999,
+    factored: tuple[float, ...] = (0.9, 0.99, 0.999),
     scheduler: bool = True,
 ) -> LearnedOptimizer:
     """Build the rule. Defaults are the released size, 37,089 meta-parameters.
@@ -44,19 +47,23 @@ def celo(
       hidden: width of both hidden layers of the per-parameter network.
       step_mult: size of a step of direction 1.
       exp_mult: scale of the magnitude output inside its exponential.
+      momenta: decays of the three momenta.
+      second_moment: decay of the second moment.
+      factored: decays of the three factored second moments.
       scheduler: False for phase 1: every step size is 1, whatever the scheduler's weights.
 
     Raises:
       ValueError: on an argument out of range.
     """
     positive("celo", lstm_hidden=lstm_hidden, hidden=hidden, step_mult=step_mult)
+    decays = F.decays("celo", momenta, second_moment, factored)
 
     def init_theta(key: jax.Array) -> Theta:
         mixer_key, bank_key = jax.random.split(key)
         return Theta(V.init_mixer(mixer_key, CONTEXT, lstm_hidden, 1), V.init_bank(bank_key, 1, hidden))
 
     def init_leaf(leaf, p):
-        return F.init_accumulators(p, 3, F.factored_axes(leaf.shape))
+        return F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
 
     def init_shared(leaves):
         zeros = jnp.zeros((len(leaves), lstm_hidden), jnp.float32)
@@ -74,7 +81,7 @@ def celo(
             directions, accs = [], []
             for i, (leaf, g, acc, p) in enumerate(zip(leaves, grads, states, params, strict=True)):
                 axes, g = F.factored_axes(leaf.shape), jnp.clip(g, -1000.0, 1000.0)
-                acc = V.accumulate(acc, g, axes)
+                acc = F.accumulate(acc, g, axes, decays)
                 direction = V.per_parameter(acc, g, p, axes, layers, exp_mult)
                 directions.append(direction * (step_mult * size[i]))
                 accs.append(acc)
@@ -87,6 +94,9 @@ def celo(
         "hidden": hidden,
         "step_mult": step_mult,
         "exp_mult": exp_mult,
+        "momenta": decays.m,
+        "second_moment": second_moment,
+        "factored": decays.factored,
         "scheduler": scheduler,
     }
     return define("celo", settings, init_theta, arithmetic, needs={"value", "num_steps"})

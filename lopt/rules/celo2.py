@@ -17,8 +17,6 @@ from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.transform import Arithmetic, Leaf, clip_global_norm, define, per_leaf
 
-MOMENTUM = (0.9, 0.99, 0.999)
-FACTORED = (0.9, 0.99, 0.999)
 INPUTS, UNFACTORED_INPUTS = 30, 15
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -63,7 +61,9 @@ def celo2(
     *,
     hidden: int = 8,
     exp_mult: float = 0.0,
+    momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
     second_moment: float = 0.95,
+    factored: tuple[float, ...] = (0.9, 0.99, 0.999),
     rsqrt_eps: float = 1e-8,
     newton_schulz: bool = True,
     rms_mult: float = 1.0,
@@ -81,7 +81,9 @@ def celo2(
     Args:
       hidden: width of both hidden layers (8: 347 meta-parameters).
       exp_mult: scale of the magnitude output inside its exponential; 0 leaves the output unused, as published.
+      momenta: decays of the three momenta.
       second_moment: decay of the second moment.
+      factored: decays of the three factored second moments.
       rsqrt_eps: added to the second moment under its root.
       newton_schulz: orthogonalise the direction of tensors of rank >= 2 over their last two axes.
       rms_mult: root mean square of a direction (over the last two axes).
@@ -101,7 +103,8 @@ def celo2(
       ValueError: on an argument out of range.
     """
     positive("celo2", hidden=hidden, rsqrt_eps=rsqrt_eps, rms_mult=rms_mult, clip_norm=clip_norm)
-    for key, decay in {"second_moment": second_moment, "adam_b1": adam_b1, "adam_b2": adam_b2}.items():
+    decays = F.decays("celo2", momenta, second_moment, factored)
+    for key, decay in {"adam_b1": adam_b1, "adam_b2": adam_b2}.items():
         if not 0 <= decay < 1:
             raise ValueError(f"celo2: {key}, got {decay}; valid: [0, 1).")
     for key, factor in {"adam_lr_mult": adam_lr_mult, "adam_weight_decay": adam_weight_decay}.items():
@@ -119,7 +122,7 @@ def celo2(
     def init_leaf(leaf: Leaf, p: jax.Array) -> Adam | F.Accumulators:
         if under_adam(leaf):
             return Adam(jnp.zeros_like(p), jnp.zeros_like(p))
-        return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+        return F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
 
     def adam_direction(g, state, count):
         t = (count + 1).astype(g.dtype)
@@ -132,7 +135,7 @@ def celo2(
             if under_adam(leaf):
                 return adam_direction(g, state, told.count)
             axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(state, g, axes, m=jnp.asarray(MOMENTUM), v=second_moment, factored=jnp.asarray(FACTORED))
+            acc = F.accumulate(state, g, axes, decays)
             last_two = tuple(range(max(0, g.ndim - 2), g.ndim))
             xs = inputs(acc, g, p, axes, rsqrt_eps)[: INPUTS if g.ndim >= 2 else UNFACTORED_INPUTS]
             xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-9, last_two), strict=True)]
@@ -163,7 +166,9 @@ def celo2(
     settings = dict(
         hidden=hidden,
         exp_mult=exp_mult,
+        momenta=decays.m,
         second_moment=second_moment,
+        factored=decays.factored,
         rsqrt_eps=rsqrt_eps,
         newton_schulz=newton_schulz,
         rms_mult=rms_mult,

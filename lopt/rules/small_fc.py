@@ -8,6 +8,7 @@ Differs from the paper: `weight_decay` is decoupled and multiplied by `lr`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,6 @@ from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.transform import Arithmetic, define, per_leaf
 
-MOMENTUM = (0.9, 0.99, 0.999)
-SECOND_MOMENT = (0.999,)
-FACTORED = (0.9, 0.99, 0.999)
 FEATURES = 28  # per element; 11 time features are added
 
 
@@ -37,7 +35,7 @@ class Theta(NamedTuple):
     decays: DecayOffsets | None  # None where the rule's decays are fixed
 
 
-def decay_at(initial: tuple[float, ...], offset: jax.Array | None) -> jax.Array:
+def decay_at(initial: Sequence[float] | jax.Array, offset: jax.Array | None) -> jax.Array:
     """The decays that learned offsets give: 1 - exp(10 x), x = log(1 - initial)/10 + offset, within [0, 1]."""
     if offset is None:
         return jnp.asarray(initial, jnp.float32)
@@ -66,21 +64,20 @@ def clip_norm_of(g: jax.Array, max_norm: float | None) -> jax.Array:
     return g if max_norm is None else g * jnp.minimum(1.0, max_norm / (F.safe_sqrt(jnp.sum(g * g)) + 1e-6))
 
 
-def arithmetic_of(theta: Theta, *, step_mult: float, exp_mult: float, max_grad_norm: float | None = None) -> Arithmetic:
-    """The rule on leaves, for this theta."""
+def arithmetic_of(
+    theta: Theta, initial: F.Decays, *, step_mult: float, exp_mult: float, max_grad_norm: float | None = None
+) -> Arithmetic:
+    """The rule on leaves, for this theta and the decays that its offsets shift."""
     offsets = theta.decays or DecayOffsets(None, None, None)
-    decays = dict(
-        m=decay_at(MOMENTUM, offsets.m),
-        v=decay_at(SECOND_MOMENT, offsets.v)[0],
-        factored=decay_at(FACTORED, offsets.factored),
-    )
+    v = decay_at((float(initial.v),), offsets.v)[0]
+    decays = F.Decays(decay_at(initial.m, offsets.m), v, decay_at(initial.factored, offsets.factored))
 
     def init_leaf(leaf, p):
-        return F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+        return F.init_accumulators(p, len(initial.m), F.factored_axes(leaf.shape))
 
     def update_leaf(leaf, g, acc, p, told):
         g, axes = clip_norm_of(g, max_grad_norm), F.factored_axes(leaf.shape)
-        acc = F.accumulate(acc, g, axes, **decays)
+        acc = F.accumulate(acc, g, axes, decays)
         xs = inputs(acc, g, p, axes)
         xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
         direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
@@ -95,6 +92,9 @@ def small_fc(
     step_mult: float = 1e-3,
     exp_mult: float = 1e-3,
     learned_decays: bool = True,
+    momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
+    second_moment: float = 0.999,
+    factored: tuple[float, ...] = (0.9, 0.99, 0.999),
     max_grad_norm: float | None = None,
     compat: str = "",
 ) -> LearnedOptimizer:
@@ -105,6 +105,9 @@ def small_fc(
       step_mult: size of a step of direction 1; .001 in the paper, .01 in PyLO and µLO.
       exp_mult: scale of the magnitude output inside its exponential.
       learned_decays: whether the 7 decays are meta-parameters.
+      momenta: decays of the three momenta; where they are learned, where they start.
+      second_moment: decay of the second moment.
+      factored: decays of the three factored second moments.
       max_grad_norm: each tensor's gradient is scaled to at most this norm, or None (PyLO's option of that name).
       compat: "" or "pylo" (weight decay applied to the already moved parameters).
 
@@ -115,19 +118,24 @@ def small_fc(
     if compat not in ("", "pylo"):
         raise unknown("small_fc", "compat", compat, ("", "pylo"))
 
+    decays = F.decays("small_fc", momenta, second_moment, factored)
+
     def init_theta(key: jax.Array) -> Theta:
         layers = F.init_mlp(key, (FEATURES + len(F.TIME_SCALES), hidden, hidden, 2))
         offsets = DecayOffsets(*(jnp.zeros(n, jnp.float32) for n in (3, 1, 3))) if learned_decays else None
         return Theta(layers, offsets)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        return arithmetic_of(theta, step_mult=step_mult, exp_mult=exp_mult, max_grad_norm=max_grad_norm)
+        return arithmetic_of(theta, decays, step_mult=step_mult, exp_mult=exp_mult, max_grad_norm=max_grad_norm)
 
     settings = dict(
         hidden=hidden,
         step_mult=step_mult,
         exp_mult=exp_mult,
         learned_decays=learned_decays,
+        momenta=decays.m,
+        second_moment=second_moment,
+        factored=decays.factored,
         max_grad_norm=max_grad_norm,
         compat=compat,
     )

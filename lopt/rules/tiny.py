@@ -19,8 +19,6 @@ from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
 from lopt.transform import Arithmetic, define, per_leaf
 
-MOMENTUM = (0.9, 0.99, 0.999)
-SECOND_MOMENT = 0.98
 INPUTS = 17  # per element; t/T and log t are added
 HAND_SET = 6  # the input m·rsqrt(v) of decay .9
 
@@ -32,12 +30,12 @@ class Theta(NamedTuple):
 
 
 def inputs(
-    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, count: jax.Array
+    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, decays: F.Decays, count: jax.Array
 ) -> list[jax.Array]:
     """The 17 inputs before normalisation. Averages are bias-corrected here, so acc.row has one decay."""
     t = (count + 1).astype(g.dtype)
-    momenta = [m / (1 - d**t) for m, d in zip(acc.m, MOMENTUM, strict=True)]
-    correction = 1 / (1 - SECOND_MOMENT**t)
+    momenta = [m / (1 - d**t) for m, d in zip(acc.m, decays.m, strict=True)]
+    correction = 1 / (1 - decays.v**t)
     v = acc.v * correction + 1e-16
     f = F.factors(acc._replace(row=acc.row * correction, col=None if acc.col is None else acc.col * correction), axes)
     row = f.row[0]
@@ -52,7 +50,15 @@ def inputs(
     ]
 
 
-def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, clip: float = 5.0) -> LearnedOptimizer:
+def tiny(
+    *,
+    hidden: int = 8,
+    step_mult: float = 0.03,
+    min_rms: float = 0.02,
+    clip: float = 5.0,
+    momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
+    second_moment: float = 0.98,
+) -> LearnedOptimizer:
     """Build the rule.
 
     Args:
@@ -60,6 +66,8 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
       step_mult: length of a step in units of the tensor's root mean square.
       min_rms: the least root mean square a tensor is taken to have (biases start at 0).
       clip: normalised features are clipped to ± this.
+      momenta: decays of the three momenta.
+      second_moment: decay of the second moment, the full and the factored one.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -67,6 +75,7 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
       ValueError: on an argument out of range.
     """
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
+    decays = F.decays("tiny", momenta, second_moment, (second_moment,) * 3)._replace(factored=(second_moment,))
 
     def init_theta(key: jax.Array) -> Theta:
         *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))
@@ -76,16 +85,14 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
         return Theta(mlp, skip, jnp.zeros((), jnp.float32))
 
     def init_leaf(leaf, p):
-        acc = F.init_accumulators(p, len(MOMENTUM), F.factored_axes(leaf.shape))
+        acc = F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
         return acc._replace(row=acc.row[:1], col=None if acc.col is None else acc.col[:1])
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        decays = dict(m=jnp.asarray(MOMENTUM), v=SECOND_MOMENT, factored=jnp.asarray((SECOND_MOMENT,)))
-
         def update_leaf(leaf, g, acc, p, told):
             axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(acc, g, axes, **decays)
-            xs = inputs(acc, g, p, axes, told.count)
+            acc = F.accumulate(acc, g, axes, decays)
+            xs = inputs(acc, g, p, axes, decays, told.count)
             xs = [jnp.clip(x * s, -clip, clip) for x, s in zip(xs, F.rms_scales(xs, 1e-12), strict=True)]
             t = told.count.astype(jnp.float32)
             time = jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7])
@@ -99,5 +106,12 @@ def tiny(*, hidden: int = 8, step_mult: float = 0.03, min_rms: float = 0.02, cli
 
         return Arithmetic(init_leaf, per_leaf(update_leaf))
 
-    settings = dict(hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
+    settings = dict(
+        hidden=hidden,
+        step_mult=step_mult,
+        min_rms=min_rms,
+        clip=clip,
+        momenta=decays.m,
+        second_moment=second_moment,
+    )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine")

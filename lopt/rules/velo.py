@@ -15,14 +15,13 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
-from lopt.rules.celo2 import FACTORED, INPUTS, MOMENTUM
+from lopt.rules.celo2 import INPUTS
 from lopt.rules.celo2 import inputs as velo_inputs
 from lopt.transform import Arithmetic, Leaf, Told, define
 
 COMPAT = ("", "pylo", "bugged_loss_features", "bugged_next_lstm_state")
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_DECAYS = 10
-SECOND_MOMENT = 0.999
 CONTEXT = 30  # LSTM inputs a tensor
 
 
@@ -144,10 +143,6 @@ def per_parameter(acc, g, p, axes, layers, exp_mult: float) -> jax.Array:
     return jnp.sqrt(jnp.mean(p * p) + 1e-9) * direction * jnp.exp(exp_mult * magnitude)
 
 
-def accumulate(acc: F.Accumulators, g: jax.Array, axes) -> F.Accumulators:
-    return F.accumulate(acc, g, axes, m=jnp.asarray(MOMENTUM), v=SECOND_MOMENT, factored=jnp.asarray(FACTORED))
-
-
 def axes_of(leaf: Leaf, compat: str) -> tuple[int, int] | None:
     """Factored axes; PyLO's VeLO breaks ties between the two largest the other way, but for the first two of four."""
     axes = F.factored_axes(leaf.shape)
@@ -163,6 +158,9 @@ def velo(
     hidden: int = 4,
     step_mult: float = 1e-3,
     exp_mult: float = 1e-3,
+    momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
+    second_moment: float = 0.999,
+    factored: tuple[float, ...] = (0.9, 0.99, 0.999),
     compat: str = "",
 ) -> LearnedOptimizer:
     """Build the rule. Defaults are the released size, 2,320,385 meta-parameters.
@@ -173,6 +171,9 @@ def velo(
       hidden: width of both hidden layers of each.
       step_mult: size of a step of direction 1.
       exp_mult: scale of the magnitude output inside its exponential.
+      momenta: decays of the three momenta.
+      second_moment: decay of the second moment.
+      factored: decays of the three factored second moments.
       compat: quirks, joined by "+": "pylo" (weight decay applied to the moved parameters, ties of factored axes
         swapped), "bugged_loss_features" (a horizon of 10 in the loss averages), "bugged_next_lstm_state" (the LSTM
         starts anew at every step).
@@ -181,6 +182,7 @@ def velo(
       ValueError: on an argument out of range.
     """
     positive("velo", lstm_hidden=lstm_hidden, bank=bank, hidden=hidden, step_mult=step_mult)
+    decays = F.decays("velo", momenta, second_moment, factored)
     quirks = compat.split("+")
     for quirk in quirks:
         if quirk not in COMPAT:
@@ -192,7 +194,7 @@ def velo(
         return Theta(init_mixer(mixer_key, CONTEXT, lstm_hidden, bank), init_bank(bank_key, bank, hidden))
 
     def init_leaf(leaf, p):
-        return F.init_accumulators(p, len(MOMENTUM), axes_of(leaf, axes_compat))
+        return F.init_accumulators(p, len(decays.m), axes_of(leaf, axes_compat))
 
     def init_shared(leaves):
         zeros = jnp.zeros((len(leaves), lstm_hidden), jnp.float32)
@@ -210,7 +212,7 @@ def velo(
             directions, accs = [], []
             for i, (leaf, g, acc, p) in enumerate(zip(leaves, grads, states, params, strict=True)):
                 axes, g = axes_of(leaf, axes_compat), jnp.clip(g, -1000.0, 1000.0)
-                acc = accumulate(acc, g, axes)
+                acc = F.accumulate(acc, g, axes, decays)
                 layers = [
                     F.Layer(*(100 * jnp.tensordot(controls[i], part, 1) / bank for part in layer))
                     for layer in theta.bank
@@ -228,6 +230,9 @@ def velo(
         "hidden": hidden,
         "step_mult": step_mult,
         "exp_mult": exp_mult,
+        "momenta": decays.m,
+        "second_moment": second_moment,
+        "factored": decays.factored,
         "compat": compat,
     }
     return define("velo", settings, init_theta, arithmetic, needs={"value", "num_steps"}, decay_after="pylo" in quirks)
