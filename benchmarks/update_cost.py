@@ -4,11 +4,11 @@
 
 Trees: 1M is 4 matrices of 512 x 512, 10M has GPT-2's shapes in 150 leaves, 100M is one 10,000 x 10,000 leaf; 300small
 is 300 leaves of 1,024 elements and 1large one leaf of as many parameters. An update is `tx.update` under jit, gradients
-and state donated, without the step of the parameters; adamw and the rule take turns, and the median of each is compared.
+and state donated, without the step of the parameters; adamw and the rule take turns, and their medians are compared.
 
 - temp: XLA's temporary memory in the compiled update. RSS: growth of this process's peak over the first call.
 - floor: the larger of FLOPs over this machine's matrix product rate and bytes over its bandwidth, as measured at the
-  start. Both are counted by hand below for a large float32 matrix, in the least number of passes: one over the gradient,
+  start. Both are counted by hand below for a large float32 matrix, in the least number of passes: one over gradient,
   parameters and state for the statistics that the features are normalised with, and one that reads them again and
   writes state and update. Newton-Schulz is counted for the tree at hand.
 
