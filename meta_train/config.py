@@ -134,20 +134,36 @@ class Estimator:
             _require(ok, f"estimator.std_parts: {part}", std, "> 0, finite")
 
 
+META_SCHEDULES = ("cosine", "linear", "constant")
+
+
 @dataclass(frozen=True)
 class MetaOptimizer:
-    """Adam on theta: elementwise clip, warm-up, cosine."""
+    """One of optax's on theta: clip, warm-up, schedule, decay."""
 
+    name: str = "adam"  # of optax, e.g. adamw, lion, sgd
+    settings: Settings = field(default_factory=dict)  # its arguments besides the learning rate
     lr: float = 2e-3  # peak
     final_lr: float = 1e-5
-    warmup: int = 100  # meta-steps
-    clip: float = 1.0  # each element of the meta-gradient is clipped to ± this
+    warmup: int = 100  # updates
+    schedule: str = "cosine"  # from lr to final_lr, or "linear", or "constant"
+    clip: float = 1.0  # each element of the meta-gradient is clipped to ± this; 0: no limit
+    clip_norm: float = 0.0  # before that its norm; 0: no limit
+    clip_step: float = 0.0  # an element of theta moves by at most this; 0: no limit
+    weight_decay: float = 0.0  # decoupled: times the learning rate
+    accumulate: int = 1  # meta-gradients that are averaged for one update
+    ema: float = 0.0  # decay of a moving average of theta, which is exported then; 0: none
 
     def __post_init__(self) -> None:
+        for key in ("clip", "clip_norm", "clip_step", "weight_decay"):
+            got = getattr(self, key)
+            _require(0 <= got < math.inf, f"meta_optimizer.{key}", got, ">= 0, finite")
+        _require(self.schedule in META_SCHEDULES, "meta_optimizer.schedule", self.schedule, ", ".join(META_SCHEDULES))
+        _require(self.accumulate >= 1, "meta_optimizer.accumulate", self.accumulate, ">= 1")
+        _require(0 <= self.ema < 1, "meta_optimizer.ema", self.ema, "[0, 1)")
         _require(0 < self.lr < math.inf, "meta_optimizer.lr", self.lr, "> 0, finite")
         _require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
         _require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
-        _require(self.clip > 0, "meta_optimizer.clip", self.clip, "> 0")
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,7 @@ class Run:
     meta_steps: int = 1000
     init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
     freeze: tuple[str, ...] = ()  # parts of theta that are not meta-trained, by dotted path, e.g. "bank"
+    skip_limit: float = 0.1  # share of meta-gradients that are not finite at which a run stops
     seed: int = 0
     log_every: int = 20  # meta-steps
     checkpoint_every: int = 200  # meta-steps
@@ -180,6 +197,7 @@ class Run:
         word = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
         _require(bool(re.fullmatch(word, self.name)), "name", repr(self.name), "letters, digits, '.', '-' and '_'")
         _require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
+        _require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
         _require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         _require(self.log_every >= 1, "log_every", self.log_every, ">= 1")

@@ -241,7 +241,7 @@ def export(directory: str, to: str = "") -> int:
         print(line, file=sys.stderr)
     if at < 0:
         raise ValueError(f"lopt-train export: {folder} has no checkpoint that can be read.")
-    artifact.write(target, run, program.rule, state.theta, meta_steps=at, metrics=loop.read_metrics(folder))
+    artifact.write(target, run, program.rule, state.exported, meta_steps=at, metrics=loop.read_metrics(folder))
     print(target)
     return 0
 
@@ -349,7 +349,7 @@ def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
     for line in _differs_from_start(program.rule, folder):
         say(line)
     state, came = loop.train(run, program, folder, say, profile=profile)
-    theta, at = distributed.gather((state.theta, state.step))
+    theta, at = distributed.gather((state.exported, state.step))
     distributed.part()
     if came:
         say(f"stopped and saved at meta-step {int(at)}; go on with: lopt-train resume {folder}")

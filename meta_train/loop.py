@@ -7,8 +7,8 @@ import inspect
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from lopt.base import LearnedOptimizer, unknown
 from lopt.console import progress
 from lopt.pretrained import named_leaves, read
 from meta_train import config as cfg
-from meta_train import distributed
+from meta_train import distributed, meta_optimizer
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
@@ -43,6 +43,12 @@ class State(NamedTuple):
     opt: Any  # of the meta-optimizer
     estimators: Any  # tuple, one a group, particles on the leading axis
     skipped: Any  # () int32, meta-steps whose gradient was not finite and was not applied
+    ema: Any = ()  # moving average of theta, if the run has one: what is exported then
+
+    @property
+    def exported(self) -> Any:
+        """Theta for those who use it."""
+        return self.theta if self.ema == () else self.ema
 
 
 class Stage(NamedTuple):
@@ -86,33 +92,6 @@ class Program(NamedTuple):
         return self.stages[0].inner_steps
 
 
-def meta_optimizer(spec: cfg.MetaOptimizer, meta_steps: int) -> optax.GradientTransformation:
-    """Adam with an elementwise clip and a warm-up cosine schedule."""
-    warmup = min(spec.warmup, meta_steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, spec.lr, warmup, meta_steps, spec.final_lr)
-    if warmup == 0:
-        schedule = optax.cosine_decay_schedule(spec.lr, meta_steps, spec.final_lr / spec.lr)
-    return optax.chain(optax.clip(spec.clip), optax.adam(schedule))
-
-
-def by_part(where: str, theta: Any, values: Mapping[str, Any], default: Any) -> Any:
-    """A tree like theta of the values given for its parts by dotted path; the longest path that fits counts.
-
-    Raises:
-      ValueError: if a path names nothing in theta.
-    """
-    names = list(named_leaves(theta))
-    for part in values:
-        if not any(f"{name}.".startswith(f"{part}.") for name in names):
-            raise unknown(where, "part of theta", part, {name.split(".")[0] for name in names} | set(names))
-
-    def value(name: str) -> Any:
-        fitting = [part for part in values if f"{name}.".startswith(f"{part}.")]
-        return values[max(fitting, key=len)] if fitting else default
-
-    return jax.tree.unflatten(jax.tree.structure(theta), [value(name) for name in names])
-
-
 def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation: int) -> Estimator:
     """The estimator of a config, given those of the settings that it takes.
 
@@ -130,21 +109,9 @@ def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation:
             )
     std = spec.std
     if spec.std_parts:
-        std = by_part("config.estimator.std_parts", template, spec.std_parts, spec.std)
+        std = meta_optimizer.by_part("config.estimator.std_parts", template, spec.std_parts, spec.std)
     settings = dict(pairs=spec.pairs, particles=spec.pairs, std=std, truncation=truncation, sign=spec.sign)
     return factory(inner, **{name: value for name, value in settings.items() if name in takes})
-
-
-def freeze(tx: optax.GradientTransformation, theta: Any, parts: Sequence[str]) -> optax.GradientTransformation:
-    """Leave parts of theta as they are: their update is masked, so that no decay or momentum moves them either.
-
-    Raises:
-      ValueError: if a part names nothing in theta.
-    """
-    if not parts:
-        return tx
-    labels = by_part("config.freeze", theta, dict.fromkeys(parts, "freeze"), "train")
-    return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
 def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | None:
@@ -185,10 +152,10 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
             "processes."
         )
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-    tx = meta_optimizer(run.meta_optimizer, run.meta_steps)
     start_theta = _start(run, rule, start)
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
-    tx = freeze(tx, template, run.freeze)
+    tx = meta_optimizer.make(run.meta_optimizer, run.meta_steps, template, run.freeze)
+    decay = run.meta_optimizer.ema
     weights = [group.weight / sum(g.weight for g in run.groups) for group in run.groups]
     seed = partial(jax.random.fold_in, jax.random.key(run.seed))
 
@@ -208,7 +175,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         return make_estimator(run.estimator, inner, template, stage.truncation)
 
     spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    layout = State(everywhere, everywhere, everywhere, spread, everywhere)
+    layout = State(everywhere, everywhere, everywhere, spread, everywhere, everywhere)
 
     shardings = State(*(NamedSharding(mesh, part) for part in layout))
     # Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both.
@@ -226,7 +193,8 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
 
         states = particles(group_keys, tuple(task.data for task in group_tasks), theta)
         zero = jnp.zeros((), jnp.int32)
-        return State(zero, theta, tx.init(theta), states, zero)
+        # Apart from theta, since a state that is donated may not share buffers with itself.
+        return State(zero, theta, tx.init(theta), states, zero, jax.tree.map(jnp.copy, theta) if decay else ())
 
     def local_estimates(stage, data, step, theta, states) -> tuple[list[Estimate], tuple[Any, ...]]:
         """Runs on every device with its share of the particles."""
@@ -250,10 +218,11 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         norm = optax.tree.norm(grad)
         usable = jnp.isfinite(norm)
         updates, opt = tx.update(grad, state.opt, state.theta)
-        theta, opt = jax.tree.map(
+        theta = optax.apply_updates(state.theta, updates)
+        theta, opt, ema = jax.tree.map(
             lambda new, old: jnp.where(usable, new, old),
-            (optax.apply_updates(state.theta, updates), opt),
-            (state.theta, state.opt),
+            (theta, opt, meta_optimizer.average(state.ema, theta, decay)),
+            (state.theta, state.opt, state.ema),
         )
         skipped = state.skipped + (1 - usable.astype(jnp.int32))
         metrics: dict[str, Any] = {
@@ -265,8 +234,9 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
             **{f"meta_loss/{i}": e.loss for i, e in enumerate(found)},
             **{f"grad_norm/{i}": e.norm for i, e in enumerate(found)},
             **{f"diverged/{i}": e.diverged for i, e in enumerate(found)},
+            **{f"skipped/{i}": 1 - jnp.isfinite(e.norm).astype(jnp.int32) for i, e in enumerate(found)},
         }
-        return State(state.step + 1, theta, opt, estimators, skipped), metrics
+        return State(state.step + 1, theta, opt, estimators, skipped, ema), metrics
 
     def compiled(stage: cfg.Stage) -> Stage:
         each = enumerate(group_tasks)
@@ -376,7 +346,10 @@ def train(
     pending: list[dict[str, jax.Array]] = []
     loss, since, unrolled, came = float("inf"), time.monotonic(), 0, 0
     report_to = progress("meta-step", run.meta_steps, start=at) if first else nullcontext(lambda *_: None)
-    with stop_requests() as stop, report_to as report:
+    with stop_requests() as stop, report_to as report, ExitStack() as last:
+        if checkpoints and log:
+            last.callback(checkpoints.close)  # also where an error ends the run: what was begun to be saved counts
+            last.callback(log.close)
         begin = at
         while at < run.meta_steps and not came:
             if profile and at - begin == PROFILED[0]:
@@ -396,6 +369,7 @@ def train(
                 pending, since, unrolled, loss = [], now, 0, line["meta_loss"]
                 if log:
                     log.write({"step": at, **line, "inner_steps_per_second": round(speed)})
+                _refuse_divergence(run, at, line)
                 report(at, f"meta-loss {loss:.3f}  {speed:,.0f} inner steps/s  diverged {line['diverged']:.0f}")
             # All processes stop at the same meta-step, whichever of them was told to.
             if not distributed.several():
@@ -406,10 +380,6 @@ def train(
                 whole = distributed.gather(state)
                 if checkpoints:
                     checkpoints.save(at, whole, loss)
-    if checkpoints:
-        checkpoints.close()
-    if log:
-        log.close()
     return state, came if at < run.meta_steps else 0
 
 
@@ -438,11 +408,23 @@ def _restore(
     return program.place(saved), int(at)
 
 
+def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float]) -> None:
+    """Stop a run most of whose meta-gradients are lost. Raises ValueError naming the groups."""
+    if line["skipped"] <= max(10, run.skip_limit * at):
+        return
+    lost = [f"{g.family} ({i})" for i, g in enumerate(run.groups) if line[f"skipped/{i}"]]
+    raise ValueError(
+        f"lopt-train: {line['skipped']:.0f} of {at} meta-gradients were not finite, more than skip_limit = "
+        f"{run.skip_limit} allows; lately of group {', '.join(lost) or 'none alone'}. The last checkpoint is good; "
+        "valid: a smaller meta_optimizer.lr or truncation, or other tasks."
+    )
+
+
 def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
     """Counts are summed over the window, `skipped` is a running total, the rest are means."""
     line = {name: sum(float(m[name]) for m in window) / len(window) for name in window[0]}
     for name in line:
-        if name.split("/")[0] in ("diverged", "resets"):
+        if name.split("/")[0] in ("diverged", "resets", "skipped"):
             line[name] *= len(window)
     line["skipped"] = float(window[-1]["skipped"])
     return line

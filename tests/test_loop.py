@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -114,11 +115,17 @@ def test_frozen_parts_stand_still():
         loop.build(dataclasses.replace(SMALL, freeze=("mpl",)))
 
 
-def test_parts_of_theta_have_their_own_std():
-    template = jax.eval_shape(rules.make("tiny", hidden=2).init_theta, jax.random.key(0))
-    stds = loop.by_part("here", template, {"mlp": 0.02, "mlp.1": 0.03, "log_step": 0.5}, 0.01)
-    assert {(layer.w, layer.b) for layer in (stds.mlp[0], stds.mlp[2])} == {(0.02, 0.02)}
-    assert (stds.mlp[1].w, stds.skip, stds.log_step) == (0.03, 0.01, 0.5)
+def test_the_average_of_theta_is_what_is_exported():
+    run = dataclasses.replace(SMALL, meta_optimizer=MetaOptimizer(warmup=0, ema=0.5))
+    program = loop.build(run)
+    state = program.init()
+    expected = jax.tree.map(np.asarray, state.theta)
+    for _ in range(2):
+        state, metrics = program.meta_step(program.data, state)
+        expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * np.asarray(new), expected, state.theta)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.exported, expected)
+    assert "skipped/0" in metrics
+    assert loop.build(SMALL).init().exported is not None
 
 
 def test_stages_follow_each_other():

@@ -1,0 +1,113 @@
+"""The optimizer of theta does what its config says, by hand on a theta of three numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lopt import rules
+from meta_train import loop, meta_optimizer
+from meta_train.config import MetaOptimizer
+
+THETA = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray(3.0)}
+GRADS = [{"a": jnp.asarray([3.0, 0.5]), "b": jnp.asarray(-4.0)}, {"a": jnp.asarray([-1.0, 0.1]), "b": jnp.asarray(0.2)}]
+PLAIN = dict(name="sgd", lr=0.1, warmup=0, schedule="constant", clip=0.0)
+
+
+def updates(grads=GRADS[:1], freeze=(), meta_steps=10, theta=THETA, **spec):
+    """The updates of each step."""
+    tx = meta_optimizer.make(MetaOptimizer(**PLAIN | spec), meta_steps, theta, freeze)
+    state, out = tx.init(theta), []
+    for g in grads:
+        u, state = tx.update(g, state, theta)
+        theta = optax.apply_updates(theta, u)
+        out.append(u)
+    return out
+
+
+def close(ours, a, b):
+    np.testing.assert_allclose(np.asarray([*ours["a"], ours["b"]]), [*a, b], rtol=1e-5)
+
+
+def test_by_name_with_settings():
+    close(updates()[0], [-0.3, -0.05], 0.4)
+    second = updates(GRADS, settings={"momentum": 0.5})[1]
+    close(second, [-0.05, -0.035], 0.18)
+    close(updates(name="lion", settings={"weight_decay": 0.0})[0], [-0.1, -0.1], 0.1)
+
+
+def test_clips():
+    close(updates(clip=1.0)[0], [-0.1, -0.05], 0.1)
+    norm = np.sqrt(9 + 0.25 + 16)
+    close(updates(clip_norm=1.0)[0], [-0.3 / norm, -0.05 / norm], 0.4 / norm)
+    close(updates(clip_norm=norm / 2, clip=1.0)[0], [-0.1, -0.025], 0.1)  # the norm first
+    close(updates(clip_step=0.1)[0], [-0.1, -0.05], 0.1)
+
+
+def test_weight_decay_is_decoupled_and_spares_what_is_frozen():
+    close(updates(weight_decay=0.5)[0], [-0.3 - 0.05, -0.05 + 0.1], 0.4 - 0.15)
+    frozen = updates(GRADS, weight_decay=0.5, settings={"momentum": 0.9}, freeze=("a",))
+    for u in frozen:
+        assert not np.any(u["a"])
+        assert u["b"] != 0
+
+
+def test_accumulated_gradients_are_averaged():
+    first, second = updates(GRADS, accumulate=2)
+    close(first, [0, 0], 0)
+    close(second, [-0.1, -0.03], 0.19)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rates"),
+    [
+        (dict(schedule="constant", warmup=2), [0, 0.05, 0.1, 0.1, 0.1, 0.1]),
+        (dict(schedule="linear", warmup=2, final_lr=0.02), [0, 0.05, 0.1, 0.08, 0.06, 0.04]),
+        (dict(schedule="cosine", final_lr=0.0), [0.05 * (1 + np.cos(np.pi * t / 6)) for t in range(6)]),
+        (dict(schedule="cosine", final_lr=0.0, accumulate=3), [0, 0, 0.1, 0, 0, 0.05]),  # it counts updates
+    ],
+)
+def test_schedules(spec, rates):
+    one = {"a": jnp.ones(2), "b": jnp.ones(())}
+    got = [-float(u["b"]) for u in updates([one] * 6, meta_steps=6, **spec)]
+    np.testing.assert_allclose(got, rates, atol=1e-6)
+
+
+def test_the_average_follows_theta():
+    ema = meta_optimizer.average({"x": jnp.asarray(1.0)}, {"x": jnp.asarray(3.0)}, 0.75)
+    assert ema["x"] == 1.5
+    assert meta_optimizer.average((), THETA, 0.0) == ()
+
+
+def test_what_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"config.meta_optimizer.name: unknown optimizer 'admw'. Did you mean 'adamw'"):
+        updates(name="admw")
+    with pytest.raises(ValueError, match=r"settings: adam: unknown setting 'beta1'. Did you mean 'b1'"):
+        updates(name="adam", settings={"beta1": 0.5})
+    with pytest.raises(ValueError, match=r"config.freeze: unknown part of theta 'c'"):
+        updates(freeze=("c",))
+    for bad in (dict(clip=-1.0), dict(ema=1.0), dict(accumulate=0), dict(schedule="cos")):
+        with pytest.raises(ValueError, match=f"meta_optimizer.{next(iter(bad))}, got"):
+            MetaOptimizer(**bad)
+
+
+def test_parts_of_theta_have_their_own_value():
+    template = jax.eval_shape(rules.make("tiny", hidden=2).init_theta, jax.random.key(0))
+    stds = meta_optimizer.by_part("here", template, {"mlp": 0.02, "mlp.1": 0.03, "log_step": 0.5}, 0.01)
+    assert {(layer.w, layer.b) for layer in (stds.mlp[0], stds.mlp[2])} == {(0.02, 0.02)}
+    assert (stds.mlp[1].w, stds.skip, stds.log_step) == (0.03, 0.01, 0.5)
+
+
+def test_a_run_that_loses_its_gradients_is_stopped_and_the_group_named():
+    from test_loop import SMALL
+
+    line = {"skipped": 11.0, "skipped/0": 3.0}
+    loop._refuse_divergence(SMALL, 200, line)  # 5.5 %
+    with pytest.raises(ValueError, match=r"11 of 100 meta-gradients were not finite.*of group tabular_mlp \(0\)"):
+        loop._refuse_divergence(SMALL, 100, line)
+    loop._refuse_divergence(dataclasses.replace(SMALL, skip_limit=0.2), 50, line | {"skipped": 10.0})
