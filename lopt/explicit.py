@@ -34,13 +34,13 @@ def shardings(mesh: Any, params: Any, tree: Any) -> Any:
     p_leaves, treedef = jax.tree.flatten(params)
 
     def like(p: Any) -> Callable[[Any], NamedSharding]:
-        spec = tuple(jax.typeof(p).sharding.spec)
+        shape, spec = jax.numpy.shape(p), tuple(jax.typeof(p).sharding.spec)
 
         def of(x: Any) -> NamedSharding:
-            extra = x.ndim - len(p.shape)
-            if extra < 0 or not p.shape:
+            extra = jax.numpy.ndim(x) - len(shape)
+            if extra < 0 or not shape:
                 return NamedSharding(mesh, PartitionSpec())
-            same = (axis if n == m else None for axis, n, m in zip(spec, p.shape, x.shape[extra:], strict=True))
+            same = (axis if n == m else None for axis, n, m in zip(spec, shape, x.shape[extra:], strict=True))
             return NamedSharding(mesh, PartitionSpec(*(None,) * extra, *same))
 
         return of

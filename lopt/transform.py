@@ -143,7 +143,8 @@ def define(
     ) -> optax.GradientTransformationExtraArgs:
         return as_optax(
             name,
-            arithmetic(theta),
+            arithmetic,
+            theta,
             needs=needed,
             num_steps=num_steps,
             lr=default_lr if lr is None else lr,
@@ -161,7 +162,8 @@ def define(
 
 def as_optax(
     name: str,
-    rule: Arithmetic,
+    arithmetic: Callable[[Any], Arithmetic],
+    theta: Any,
     *,
     needs: frozenset[str],
     num_steps: Any,
@@ -178,7 +180,8 @@ def as_optax(
 
     Args:
       name: of the rule, for messages.
-      rule: its arithmetic.
+      arithmetic: `theta -> Arithmetic`.
+      theta: its meta-parameters.
       needs: what the update demands ("value": the loss, passed as `value=`; "num_steps": the horizon).
       num_steps: horizon in updates, static or traced, or None where the rule does not need one.
       lr: multiplies the final direction; a number or a traced scalar.
@@ -205,9 +208,10 @@ def as_optax(
         return [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
 
     def init(params) -> State:
-        return _explicit(start, params, None, params)
+        return _explicit(start, params, None, theta, params)
 
-    def start(params) -> State:
+    def start(theta, params) -> State:
+        rule = arithmetic(theta)
         leaves, treedef = jax.tree.flatten(params)
         about = describe(params)
         states = [None if a is None else rule.init_leaf(a, _wide(p)) for a, p in zip(about, leaves, strict=True)]
@@ -216,10 +220,9 @@ def as_optax(
         zero = jnp.zeros((), jnp.int32)
         return _apart(State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms))
 
-    def step_of(leaf: Leaf, p, direction, rate, factor):
+    def step_of(p, direction, rate, factor, decay):
         """-rate · (factor · direction + decay · p)."""
         step = -rate * factor * direction
-        decay = 0 if "no_decay" in leaf.labels else rule.decay(leaf, weight_decay)
         if isinstance(decay, numbers.Number) and decay == 0:
             return step
         moved, scale = (p + step, factor) if decay_after else (p, 1.0)
@@ -227,11 +230,12 @@ def as_optax(
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args  # optax's convention: a transform ignores what it does not need
-        value = _loss(where, needs, params, value)
-        return _explicit(apply, params, state, updates, state, params, value)
+        told = Told(state.count, num_steps, _loss(where, needs, params, value))
+        factors = _factors(where, params, multipliers)
+        return _explicit(apply, params, state, theta, (lr, weight_decay, factors), told, updates, state, params)
 
-    def apply(updates, state, params, value):
-        told = Told(state.count, num_steps, value)
+    def apply(theta, hyper, told, updates, state, params):
+        (lr, weight_decay, factors), rule = hyper, arithmetic(theta)
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         live = {i: a for i, a in enumerate(describe(params)) if a is not None}
@@ -256,14 +260,14 @@ def as_optax(
             new_s = [_select(*xs) for xs in zip(ok, new_s, s, strict=True)]
             count = state.count + happened.astype(jnp.int32)
             skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
-        rate = lr * unit_schedule(state.count, num_steps)
-        factors = _factors(where, leaves, multipliers)
+        rate = lr * unit_schedule(state.count, told.num_steps)
         out, steps = [_nothing(x) for x in p_leaves], []
         for j, i in enumerate(live):
             if missing[j]:
                 steps.append(jnp.zeros_like(p[j]))
                 continue
-            step = step_of(leaves[j], p[j], directions[j], rate, factors[j])
+            decay = 0 if "no_decay" in leaves[j].labels else rule.decay(leaves[j], weight_decay)
+            step = step_of(p[j], directions[j], rate, factors[i], decay)
             steps.append(step if ok is None else jnp.where(ok[j], step, 0.0))
             out[i] = steps[j].reshape(out[i].shape).astype(out[i].dtype)
             states[i] = new_s[j]
@@ -284,21 +288,37 @@ def _explicit(f: Callable[..., Any], params: Any, state: State | None, *args: An
     mesh = explicit.mesh_of(params)
     if mesh is None:
         return f(*args)
-    like = state or jax.eval_shape(f, *map(explicit.without_sharding, args))
+    # Python's numbers stay what they are; arrays must be arguments, for what f closes over keeps explicit axes.
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+
+    def with_arrays(given: dict[int, Any]) -> Any:
+        return f(*treedef.unflatten([given.get(i, x) for i, x in enumerate(leaves)]))
+
+    like = state
+    if like is None:
+        like = jax.eval_shape(with_arrays, explicit.without_sharding(arrays))
     out = explicit.replicated(mesh, like)._replace(leaves=explicit.shardings(mesh, params, like.leaves))
     out = out if state is None else (explicit.shardings(mesh, params, params), out)
-    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+    def anchored(given: dict[int, Any]) -> Any:
+        # A new state does not depend on the parameters' values; without them jit would not know the devices.
+        return jax.lax.optimization_barrier((with_arrays(given), given))[0]
+
+    return jax.sharding.auto_axes(anchored, out_sharding=out)(arrays)
 
 
-def _factors(where: str, leaves: list[Leaf], multipliers: Any) -> list[Any]:
-    """Of each tensor, by its path: inside `optax.masked` the parameters are fewer than the multipliers."""
+def _factors(where: str, params: Any, multipliers: Any) -> list[Any]:
+    """One a leaf of the parameters, by path: inside `optax.masked` these are fewer than the multipliers."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if multipliers is None:
-        return [1.0] * len(leaves)
-    named = {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in jax.tree.leaves_with_path(multipliers)}
-    for leaf in leaves:
-        if leaf.path not in named:
-            raise ValueError(f"{where}: multipliers has no {leaf.path!r}; valid: a tree like the parameters.")
-    return [named[leaf.path] for leaf in leaves]
+        return [1.0] * len(paths)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(multipliers))
+    for path in paths:
+        if path not in by_path:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{where}: multipliers has no {name!r}; valid: a tree like the parameters.")
+    return [by_path[path] for path in paths]
 
 
 def _nothing(p: Any) -> Any:
@@ -320,7 +340,8 @@ def _check(where: str, needs: frozenset[str], num_steps, lr, weight_decay, sched
         if callable(got):
             hint = "schedule=lambda count, num_steps: factor of lr, or optax.inject_hyperparams"
             raise ValueError(f"{where}: {key}, got a function; valid: a number, with {hint}.")
-        if not isinstance(got, jax.Array) and not _at_least_0(got):  # a traced one cannot be asked
+        traced = isinstance(got, jax.core.Tracer)  # and cannot be asked
+        if not (jnp.shape(got) == () if traced else _at_least_0(got)):
             raise ValueError(f"{where}: {key}, got {got!r}; valid: a finite number >= 0.")
     if not isinstance(schedule, str) and not _takes(schedule, 2):
         raise ValueError(

@@ -96,15 +96,15 @@ class Decays(NamedTuple):
     factored: Sequence[float] = (0.9, 0.99, 0.999)
 
 
-def decays_with(offsets) -> Decays:
+def decays_with(offsets, initial: Decays) -> Decays:
     """[A] Learned decays: x = log(1 - d)/10 is shifted, d = 1 - exp(10 x), within [0, 1]."""
     if offsets is None:
-        return Decays()
+        return initial
 
     def shifted(d, by):
         return np.clip(1 - np.exp(10 * (np.log(1 - np.array(d)) / 10 + by)), 0, 1)
 
-    m, v, factored = Decays()
+    m, v, factored = initial
     return Decays(shifted(m, offsets.m), shifted([v], offsets.v)[0], shifted(factored, offsets.factored))
 
 
@@ -198,9 +198,19 @@ class Rule:
     weight_decay: float = 0.0
     num_steps: int = 0
     compat: str = ""
+    momenta: Sequence[float] | None = None  # None: the published ones
+    second_moment: float | None = None
+    factored: Sequence[float] | None = None
     decays: Decays = field(default=Decays(), init=False)
     t: int = field(default=0, init=False)  # steps so far
     state: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        self.decays = self.given(Decays())
+
+    def given(self, published: Decays) -> Decays:
+        own = (self.momenta, self.second_moment, self.factored)
+        return Decays(*(x if y is None else y for x, y in zip(published, own, strict=True)))
 
     def step(self, grads: Tree, params: Tree, loss=None) -> Tree:
         """The updates; scalars act as tensors of shape (1,)."""
@@ -237,7 +247,7 @@ class SmallFc(Rule):
     multipliers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.decays = decays_with(self.theta.decays)
+        self.decays = decays_with(self.theta.decays, self.given(Decays()))
 
     def direction(self, k, g, p):
         averages = self.averages(k, p)
@@ -277,9 +287,8 @@ class Mlp(Rule):
     exp_mult: float = 1e-3
 
     def update(self, k, g, p):
-        momenta = self.state.get(k, [np.zeros_like(g)] * 6)
-        decays = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-        momenta = self.state[k] = [d * m + (1 - d) * g for d, m in zip(decays, momenta, strict=True)]
+        old, decays = self.state.get(k, [np.zeros_like(g)] * 6), self.momenta or (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+        momenta = self.state[k] = [d * m + (1 - d) * g for d, m in zip(decays, old, strict=True)]
         out = network(self.theta.mlp, normalised([g, p, *momenta], 1e-5), time_features(self.t))
         return self.moved(p, out[..., 0] * np.exp(out[..., 1] * self.exp_mult) * self.step_mult)
 
@@ -304,7 +313,6 @@ class Celo2(Rule):
 
     lr: float = 0.01
     exp_mult: float = 0.0
-    second_moment: float = 0.95
     rsqrt_eps: float = 1e-8
     newton_schulz: bool = True
     rms_mult: float = 1.0
@@ -318,7 +326,7 @@ class Celo2(Rule):
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.decays = Decays(v=self.second_moment)
+        self.decays = self.given(Decays(v=0.95))
 
     def updates(self, grads, params, loss):
         grads = {k: np.clip(g, -1000, 1000) for k, g in clipped_together(grads, self.clip_norm).items()}
@@ -411,6 +419,7 @@ class Velo(Rule):
     loss: LossFeatures = field(init=False)
 
     def __post_init__(self):
+        super().__post_init__()
         self.loss = LossFeatures(10 if "bugged_loss_features" in self.compat else self.num_steps)
 
     def context(self, params, loss) -> np.ndarray:
@@ -485,7 +494,8 @@ class Tiny(Rule):
     schedule: str = "cosine"
 
     def __post_init__(self):
-        self.decays = Decays(v=0.98, factored=(0.98,))
+        self.decays = self.given(Decays(v=0.98))
+        self.decays = self.decays._replace(factored=(self.decays.v,))
 
     def corrected(self, averages: Averages) -> Averages:
         """The same with each average divided by 1 - decay^t, t counted from 1."""

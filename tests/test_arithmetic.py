@@ -53,6 +53,7 @@ ELO = dict(exp_mult=0.05)
 VELO = dict(lstm_hidden=8, bank=4, hidden=2, exp_mult=0.05, step_mult=0.1)
 CELO = dict(lstm_hidden=8, hidden=2, exp_mult=0.05)
 OLD = "pylo+bugged_loss_features+bugged_next_lstm_state"
+DECAYS = dict(momenta=(0.8, 0.95, 0.99), second_moment=0.9, factored=(0.7, 0.9, 0.97))
 MULTIPLIERS = {"mat": 0.5, "vec": 1.0, "conv": 0.25, "sq": 1 / 3, "s": 2.0, "r5": 0.125}
 LABELS = {"mat": "embedding", "sq": "output"}
 ADAM = dict(hidden=3, adam_weight_decay=0.5, adam_lr_mult=3.0, clip_norm=0.5)
@@ -64,26 +65,34 @@ CASES = {
         dict(lr=0.7, weight_decay=0.1),
         "conv s",
     ),
+    "small_fc, other decays": Case("small_fc", DECAYS | dict(step_mult=0.01), {}, "mat"),
     "small_fc, wide": Case(
         "small_fc", dict(hidden=32, exp_mult=0.1, step_mult=0.01), dict(lr=0.7, weight_decay=0.05), "sq r5"
     ),
-    "small_fc, fixed decays": Case("small_fc", dict(exp_mult=-0.05, learned_decays=False), dict(lr=0.7), "vec"),
+    "small_fc, fixed decays": Case(
+        "small_fc", DECAYS | dict(exp_mult=-0.05, learned_decays=False), dict(lr=0.7), "vec"
+    ),
     "mulo, pylo": Case(
         "mulo",
         PYLO | dict(exp_mult=0.02, max_grad_norm=1.0),
         dict(lr=0.7, weight_decay=0.1, multipliers=MULTIPLIERS),
         "mat vec",
     ),
-    "mulo": Case("mulo", dict(step_mult=0.02), dict(weight_decay=0.1, multipliers=MULTIPLIERS), "mat s", 6e-5),
+    "mulo": Case("mulo", DECAYS | dict(step_mult=0.02), dict(weight_decay=0.1, multipliers=MULTIPLIERS), "mat s", 6e-5),
     "elo, clipped": Case("elo", ELO | dict(clip_norm=0.3), dict(lr=0.02, weight_decay=0.3), "mat s", 1e-4),
-    "elo, pylo": Case("elo", ELO | PYLO, dict(weight_decay=0.3), "vec"),
-    "mlp": Case("mlp", dict(exp_mult=0.05, step_mult=0.02), dict(lr=0.7, weight_decay=0.01), tolerance=1e-4),
+    "elo, pylo": Case("elo", ELO | PYLO | DECAYS, dict(weight_decay=0.3), "vec"),
+    "mlp": Case(
+        "mlp",
+        dict(momenta=(0.2, 0.4, 0.6, 0.8, 0.9, 0.99), exp_mult=0.05, step_mult=0.02),
+        dict(lr=0.7, weight_decay=0.01),
+        tolerance=1e-4,
+    ),
     "celo2, all learned": Case(
         "celo2", dict(hidden=3, adam=False, param_scale=True, exp_mult=0.1, rms_mult=0.2), RATE, "mat s", NEWTON
     ),
     "celo2, raw": Case(
         "celo2",
-        dict(hidden=12, adam=False, newton_schulz=False, second_moment=0.9, rsqrt_eps=1e-6, exp_mult=0.1),
+        DECAYS | dict(hidden=12, adam=False, newton_schulz=False, rsqrt_eps=1e-6, exp_mult=0.1),
         RATE,
         "vec conv",
     ),
@@ -96,14 +105,18 @@ CASES = {
     "velo": Case("velo", VELO, dict(lr=0.5, weight_decay=0.01, num_steps=200), "conv s r5", LSTM),
     "velo, pylo": Case("velo", VELO | PYLO, dict(lr=0.5, weight_decay=0.01, num_steps=310), "sq vec", LSTM),
     "velo, loss of 10": Case("velo", VELO | dict(compat="bugged_loss_features"), dict(num_steps=150), "vec s", LSTM),
-    "velo, no memory": Case("velo", VELO | dict(compat="bugged_next_lstm_state"), dict(num_steps=150), "mat vec", LSTM),
+    "velo, no memory": Case(
+        "velo", VELO | DECAYS | dict(compat="bugged_next_lstm_state"), dict(num_steps=150), "mat vec", LSTM
+    ),
     "velo, past the horizon": Case("velo", VELO | dict(compat=OLD), dict(num_steps=15, weight_decay=0.01), "sq s"),
     "celo": Case("celo", CELO | dict(step_mult=0.1), dict(weight_decay=0.01, num_steps=100), "mat s"),
-    "celo, phase 1": Case("celo", CELO | dict(step_mult=0.02, scheduler=False), dict(num_steps=100), "mat vec"),
+    "celo, phase 1": Case(
+        "celo", CELO | DECAYS | dict(step_mult=0.02, scheduler=False), dict(num_steps=100), "mat vec"
+    ),
     "tiny": Case("tiny", dict(hidden=4), dict(weight_decay=0.1, num_steps=310), "mat r5"),
     "tiny, clipped": Case(
         "tiny",
-        dict(hidden=4, step_mult=0.01, min_rms=0.6, clip=1.5),
+        dict(hidden=4, step_mult=0.01, min_rms=0.6, clip=1.5, momenta=(0.8, 0.95, 0.99), second_moment=0.9),
         dict(lr=0.7, schedule="constant", num_steps=20),
         "vec s sq",
     ),
@@ -281,7 +294,10 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "small_fc: exp_mult of its default": ("small_fc, wide", dict(exp_mult=1e-3)),
     "small_fc: step_mult of its default": ("small_fc, wide", dict(step_mult=1e-3)),
     "small_fc: max_grad_norm ignored": ("small_fc, pylo", dict(max_grad_norm=None)),
-    "small_fc: decays not learned": ("small_fc, pylo", Patch(R, "decays_with", lambda f: lambda offsets: f(None))),
+    "small_fc: decays not learned": (
+        "small_fc, pylo",
+        Patch(R, "decays_with", lambda f: lambda offsets, initial: initial),
+    ),
     "mulo: multipliers ignored": ("mulo, pylo", dict(multipliers={})),
     "mulo: decay not multiplied": ("mulo, pylo", dict(compat="")),
     "mulo: decay multiplied": ("mulo", dict(compat="pylo")),
@@ -298,7 +314,6 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "celo2: Adam for scalars": ("celo2, all learned", dict(adam=True)),
     "celo2: param_scale at the end": ("celo2, all learned", Patch(R.Celo2, "direction", sized_last)),
     "celo2: param_scale ignored": ("celo2, small outputs", dict(param_scale=False)),
-    "celo2: second_moment of its default": ("celo2, raw", dict(second_moment=0.95)),
     "celo2: rsqrt_eps of its default": ("celo2, raw", dict(rsqrt_eps=1e-8)),
     "celo2: Newton-Schulz regardless": ("celo2, raw", dict(newton_schulz=True)),
     "celo2: clipped tensor by tensor": ("celo2, labels, pylo", Patch(R, "clipped_together", each_alone)),
@@ -331,6 +346,16 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "tiny: step_mult of its default": ("tiny, clipped", dict(step_mult=0.03)),
     "tiny: min_rms ignored": ("tiny, clipped", dict(min_rms=0.0)),
     "tiny: clip of its default": ("tiny, clipped", dict(clip=5.0)),
+    **{
+        f"{case}: {key} of its default": (case, {key: None})
+        for case in ("small_fc, other decays", "small_fc, fixed decays", "mulo", "elo, pylo", "celo2, raw")
+        for key in DECAYS
+    },
+    **{f"velo: {key} of its default": ("velo, no memory", {key: None}) for key in DECAYS},
+    **{f"celo: {key} of its default": ("celo, phase 1", {key: None}) for key in DECAYS},
+    "mlp: momenta of its default": ("mlp", dict(momenta=None)),
+    "tiny: momenta of its default": ("tiny, clipped", dict(momenta=None)),
+    "tiny: second_moment of its default": ("tiny, clipped", dict(second_moment=None)),
     "nn_adam: LSTM without memory": ("nn_adam, LSTM", Patch(R, "lstm", without_memory)),
     "nn_adam: no forget bias": ("nn_adam, LSTM", Patch(R, "lstm", without_forget_bias)),
     "nn_adam: time one step late": (

@@ -113,6 +113,13 @@ def test_velo_of_two_folders(tmp_path, request):
         convert.load(pair, format="pylo", sha256=digests[0])
     with pytest.raises(ValueError, match="is in both sources"):
         convert.load([pair[0], pair[0]], format="pylo")
+    configs = [path / "config.json" for path in pair]
+    configs[0].write_text('{"param_inits": 33}')
+    with pytest.raises(ValueError, match=r"its config\.json has param_inits 33, its weights 32"):
+        convert.load(pair, format="pylo")
+    configs[1].write_text('{"param_inits": 32}')
+    with pytest.raises(ValueError, match=r"'param_inits' is not the same in the two config\.json"):
+        convert.load(pair, format="pylo")
 
 
 def test_released_celo(shared, monkeypatch):
@@ -138,6 +145,10 @@ def test_settings_that_the_file_does_not_say(tmp_path):
     assert convert.load(source, format="pylo")[0].settings["step_mult"] == 0.25
     with pytest.raises(ValueError, match=r"step_mult, got 0\.5; the file says 0\.25"):
         convert.load(source, format="pylo", step_mult=0.5)
+    (source / "config.json").write_text('{"momenta": [0.1, 0.2, 0.3]}')
+    for same in ((0.1, 0.2, 0.3), [0.1, 0.2, 0.3], np.asarray([0.1, 0.2, 0.3])):
+        assert convert.load(source, format="pylo", momenta=same)[0].settings["momenta"] == (0.1, 0.2, 0.3)
+    (source / "config.json").unlink()
     _, other = convert.load(source, format="pylo", decays={"m": [0.9, 0.99, 0.999], "v": [0.95]})
     np.testing.assert_allclose(other.decays.m, 0, atol=1e-7)  # offsets from these very decays
     from lopt.rules.small_fc import decay_at
@@ -153,6 +164,7 @@ BAD_ARGUMENTS = {
     r"unknown rule 'mula'. Did you mean 'mulo'": {"rule": "mula"},
     r"is not a theta of velo: it has no 'input_weights_'": {"rule": "velo"},
     r"Did you mean 'step_mult'": {"step_malt": 1.0},
+    r"small_fc: unknown setting 'name'": {"name": "x"},
     r"step_mult, got 'much'; valid: float": {"step_mult": "much"},
     r"hidden, got 4; the file says 3": {"hidden": 4},
     r"decays m, got \[2\]; valid: 3 in \(0, 1\)": {"decays": {"m": [2]}},
@@ -182,7 +194,7 @@ def test_a_network_of_another_form_is_refused(tmp_path):
         '{"exp_mult": NaN}': "not JSON: NaN is not a number",
         '{"exp_mult": 1, "exp_mult": 2}': "not JSON: a key is in it twice",
         '{"step_mult": -1}': "step_mult, got -1; valid: > 0",
-        '{"compat": ["pylo"]}': "compat, got \\['pylo'\\]; valid: str",
+        '{"compat": ["pylo"]}': "compat, got \\('pylo',\\); valid: str",
         "[" * 10**5: "not JSON",
         "3": "is a int",
     }

@@ -222,10 +222,32 @@ def test_sharded_params_give_the_unsharded_result(name, axis_type):
     ours = update(place(grads, specs), place(params, specs))
     assert len(ours[0]["w"].sharding.device_set) == 8
     close(ours, update(grads, params), rtol=1e-5)
-    if axis_type == jax.sharding.AxisType.Explicit:  # nothing changes its type from step to step
-        start = jax.eval_shape(tx.init, place(params, specs))
-        assert jax.tree.map(jax.typeof, start) == jax.tree.map(jax.typeof, ours[1])
-        assert jax.tree.map(jax.typeof, ours[0]) == jax.tree.map(jax.typeof, place(params, specs))
+
+
+def test_what_is_bound_may_be_traced_on_a_mesh_with_explicit_axes(name):
+    """As a training loop has it: a state made eagerly, then jitted steps; no type changes from step to step."""
+    rule, theta = built(name)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    shapes, specs = {"b": (8,), "s": (), "w": (16, 8)}, {"b": jax.P("y"), "s": jax.P(), "w": jax.P("x", "y")}
+    place = lambda tree: {k: jax.device_put(x, jax.sharding.NamedSharding(mesh, specs[k])) for k, x in tree.items()}  # noqa: E731
+    params, grads = tree(6, shapes), tree(7, shapes)
+
+    def updates(grads, params, state, lr, theta):
+        tx = rule.bind(theta, num_steps=HORIZON, lr=lr, multipliers={"b": 1.0, "s": 1.0, "w": jnp.float32(0.5)})
+        return tx.update(grads, state, params, **LOSS)
+
+    tx = bound(name)
+    expected = updates(grads, params, tx.init(params), 0.5, theta)
+    p, g = place(params) | {"none": None}, place(grads) | {"none": None}
+    with jax.set_mesh(mesh):
+        state = tx.init(p)
+        ours, after = jit(updates)(g, p, state, jnp.float32(0.5), theta)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert jax.tree.map(jax.typeof, ours) == jax.tree.map(jax.typeof, p)
+    assert ours.pop("none") is None
+    close(ours, expected[0], rtol=1e-4)
+    again = tx.init(p)  # without the mesh as context
+    assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
 
 
 def test_orbax_saves_and_restores_the_state(name, tmp_path):
@@ -258,6 +280,9 @@ def test_multipliers_scale_the_direction_and_not_the_decay(name):
     decayed = updates_of(bound(name, weight_decay=0.1), GRADS[0])
     ours = updates_of(bound(name, weight_decay=0.1, multipliers=factors), GRADS[0])
     close(ours["w"], decayed["w"] - 0.75 * plain["w"])
+    alike = {"a": {"b": PARAMS["w"]}, "a/b": PARAMS["w"]}  # two paths, one string
+    ours = updates_of(bound(name, multipliers={"a": {"b": 1.0}, "a/b": 0.25}), alike, alike)
+    close(ours["a/b"], 0.25 * ours["a"]["b"])
     with pytest.raises(ValueError, match=r"multipliers has no 'w'; valid: a tree like the parameters"):
         updates_of(bound(name, multipliers={"b": 1.0}), GRADS[0])
 
@@ -553,6 +578,8 @@ def test_rows_and_columns_have_no_order(name):
         (dict(lr=optax.linear_schedule(1.0, 0.0, 9)), "lr, got a function; valid: a number, with schedule=lambda"),
         (dict(lr="0.1"), "lr, got '0.1'; valid: a finite number >= 0"),
         (dict(lr=np.float32(-1)), "valid: a finite number >= 0"),
+        (dict(lr=jnp.float32(np.nan)), "lr, got Array(nan, dtype=float32); valid: a finite number >= 0"),
+        (dict(lr=jnp.ones(3)), "valid: a finite number >= 0"),
         (dict(schedule=optax.cosine_decay_schedule(1.0, 9)), "or a function of (count, num_steps)"),
         (dict(schedule=3), "schedule, got 3; valid: constant, cosine, or a function"),
         (dict(labels={"b": "freeze"}), "valid: a function of (path, leaf)"),

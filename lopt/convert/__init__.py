@@ -146,9 +146,13 @@ def _build(found: Found, settings: Mapping[str, Any]) -> LearnedOptimizer:
     for name, value in found.seen.items():
         if name in WIDTHS and not 1 <= value <= MAX_WIDTH:
             raise ValueError(f"lopt.convert.load: {name} of the file is {value}; valid: 1 to {MAX_WIDTH}.")
-        if name in settings and settings[name] != value:
+        if name in settings and _listed(settings[name]) != _listed(value):
             raise ValueError(f"lopt.convert.load: {name}, got {settings[name]!r}; the file says {value}.")
     return rules.make(found.rule, **{**found.published, **settings, **found.seen})
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
 
 
 def _offsets(

@@ -41,7 +41,9 @@ def read(paths: Sequence[Path], rule: str | None, sha256: Sequence[str | None]) 
         if twice := sorted(set(arrays) & set(more)):
             raise ValueError(f"{where}: {twice[0][:80]!r} is in both sources.")
         arrays.update(more)
-        config |= files.json_object(file.parent / "config.json")
+        for name, value in files.json_object(file.parent / "config.json").items():
+            if config.setdefault(name, value) != value:
+                raise ValueError(f"{where}: {name!r:.80} is not the same in the two config.json.")
     if str(activation := config.get("activation", "relu")).lower() != "relu":
         raise ValueError(f"{where}: its config.json has activation {str(activation)[:40]!r}; valid: relu.")
     kinds = {"small_fc": _meta_mlp, "mulo": _meta_mlp, "elo": _meta_mlp, "celo2": _celo2, "velo": _velo}

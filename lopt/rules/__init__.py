@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
+
+import numpy as np
 
 from lopt.base import LearnedOptimizer, unknown
 
@@ -21,7 +22,7 @@ REGISTRY: dict[str, str] = {
 }
 
 
-def make(name: str, **settings) -> LearnedOptimizer:
+def make(name: str, /, **settings) -> LearnedOptimizer:
     """Build a registered rule. Raises ValueError naming the nearest valid rule or setting."""
     if name not in REGISTRY:
         raise unknown("lopt.rules.make", "rule", name, REGISTRY)
@@ -30,9 +31,17 @@ def make(name: str, **settings) -> LearnedOptimizer:
     for key in settings:
         if key not in valid:
             raise unknown(f"lopt.rules.make: {name}", "setting", key, valid)
+    settings = {key: _plain(value) for key, value in settings.items()}
     for key, value in settings.items():
         _check(f"lopt.rules.make: {name}: {key}", value, valid[key].annotation)
     return factory(**settings)
+
+
+def _plain(value: object) -> object:
+    """Without NumPy, whose numbers no JSON holds."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(x) for x in value)
+    return _plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _check(where: str, value: object, annotation: str) -> None:
@@ -49,5 +58,5 @@ def _check(where: str, value: object, annotation: str) -> None:
     types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
     if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
         raise ValueError(f"{where}, got {value!r}; valid: {annotation}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int | float) and not abs(value) < 1e300:
         raise ValueError(f"{where}, got {value}; valid: a finite number.")
