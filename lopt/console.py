@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 Report = Callable[[int, str], None]
 
@@ -80,6 +82,13 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
             )
 
     yield report
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad input in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{self.prog}: {message} (see {self.prog} --help)"))
 
 
 def fail(message: object) -> int:

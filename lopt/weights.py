@@ -11,20 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lopt.console import fail
+from lopt.console import Parser, fail
 
 FORMATS = ("celo", "learned_optimization", "pylo")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad input in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(fail(f"{self.prog}: {message} (see {self.prog} --help)"))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lopt-weights", description="Import and inspect the weights of learned optimizers.")
+    parser = Parser(prog="lopt-weights", description="Import and inspect the weights of learned optimizers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = "make an artifact, for lopt.load, of weights in another format"
     get = commands.add_parser("import", help=about, description=f"{about}; no pickle is read")

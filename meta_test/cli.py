@@ -11,23 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lopt.console import fail, prepare_jax, progress
+from lopt.console import Parser, fail, prepare_jax, progress
 from meta_test.suites import SUITES
 
 FILES = ("comparison.json", "comparison.md", "comparison.png")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad input in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(fail(f"{self.prog}: {message} (see {self.prog} --help)"))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lopt-eval", description="Compare learned and tuned hand-designed optimizers.")
+    parser = Parser(prog="lopt-eval", description="Compare learned and tuned hand-designed optimizers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser(
         "compare",

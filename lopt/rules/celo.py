@@ -78,13 +78,16 @@ def celo(
             x = jnp.broadcast_to(x[None, :], (len(leaves), CONTEXT))
             _, log_size, mixed = V.mix(theta.mixer, x, shared, told.count == 0)
             size = 0.1 * jnp.exp(log_size) if scheduler else jnp.ones(len(leaves), jnp.float32)
-            directions, accs = [], []
-            for i, (leaf, g, acc, p) in enumerate(zip(leaves, grads, states, params, strict=True)):
-                axes, g = F.factored_axes(leaf.shape), jnp.clip(g, -1000.0, 1000.0)
-                acc = F.accumulate(acc, g, axes, decays)
-                direction = V.per_parameter(acc, g, p, axes, layers, exp_mult)
-                directions.append(direction * (step_mult * size[i]))
-                accs.append(acc)
+            directions, accs = V.update_all(
+                grads,
+                states,
+                params,
+                axes=[F.factored_axes(leaf.shape) for leaf in leaves],
+                networks=[layers] * len(leaves),
+                sizes=step_mult * size,
+                decays=decays,
+                exp_mult=exp_mult,
+            )
             return directions, accs, mixed._replace(loss=loss)
 
         return Arithmetic(init_leaf, update, init_shared)

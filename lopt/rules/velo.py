@@ -143,6 +143,16 @@ def per_parameter(acc, g, p, axes, layers, exp_mult: float) -> jax.Array:
     return jnp.sqrt(jnp.mean(p * p) + 1e-9) * direction * jnp.exp(exp_mult * magnitude)
 
 
+def update_all(grads, states, params, *, axes, networks, sizes, decays: F.Decays, exp_mult: float):
+    """Directions and new averages of all tensors, each with its factored axes, its network and its step size."""
+    directions, accs = [], []
+    for g, acc, p, two, layers, size in zip(grads, states, params, axes, networks, sizes, strict=True):
+        g = jnp.clip(g, -1000.0, 1000.0)
+        accs.append(F.accumulate(acc, g, two, decays))
+        directions.append(per_parameter(accs[-1], g, p, two, layers, exp_mult) * size)
+    return directions, accs
+
+
 def axes_of(leaf: Leaf, compat: str) -> tuple[int, int] | None:
     """Factored axes; PyLO's VeLO breaks ties between the two largest the other way, but for the first two of four."""
     axes = F.factored_axes(leaf.shape)
@@ -209,17 +219,20 @@ def velo(
             x = jnp.stack([jnp.concatenate([common, tensor_features(*xs)]) for xs in own])
             anew = (told.count == 0) | ("bugged_next_lstm_state" in quirks)
             controls, step_size, mixed = mix(theta.mixer, x, shared, anew)
-            directions, accs = [], []
-            for i, (leaf, g, acc, p) in enumerate(zip(leaves, grads, states, params, strict=True)):
-                axes, g = axes_of(leaf, axes_compat), jnp.clip(g, -1000.0, 1000.0)
-                acc = F.accumulate(acc, g, axes, decays)
-                layers = [
-                    F.Layer(*(100 * jnp.tensordot(controls[i], part, 1) / bank for part in layer))
-                    for layer in theta.bank
-                ]
-                direction = per_parameter(acc, g, p, axes, layers, exp_mult)
-                directions.append(direction * (step_mult * step_size[i]))
-                accs.append(acc)
+            mixed_bank = [
+                [F.Layer(*(100 * jnp.tensordot(control, part, 1) / bank for part in layer)) for layer in theta.bank]
+                for control in controls
+            ]
+            directions, accs = update_all(
+                grads,
+                states,
+                params,
+                axes=[axes_of(leaf, axes_compat) for leaf in leaves],
+                networks=mixed_bank,
+                sizes=step_mult * step_size,
+                decays=decays,
+                exp_mult=exp_mult,
+            )
             return directions, accs, mixed._replace(loss=loss)
 
         return Arithmetic(init_leaf, update, init_shared)
