@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ tx = lopt.load("path/of/this/folder", num_steps=1000)
 - meta-trained on: {groups}
 - {estimator}; horizons {horizons} inner steps; {meta_loss}
 - {meta_steps} meta-steps, seed {seed}; last meta-loss {loss}
-- reproduce: `{command}` on JAX {jax}, {machine}
+{chosen}- reproduce: `{command}` on JAX {jax}, {machine}
 - licence: Apache-2.0
 
 The resolved config is under `provenance` in config.json.
@@ -37,6 +37,28 @@ The resolved config is under `provenance` in config.json.
 
 
 SMOOTH = 15  # logged values, each already a mean over log_every meta-steps
+
+
+class Chosen(NamedTuple):
+    """A theta to export."""
+
+    theta: Any
+    step: int  # meta-steps that made it
+    of: int  # meta-steps that were done
+    says: str  # which one it is
+
+
+def choose(state: Any, *, last: bool = False) -> Chosen:
+    """The best theta of a State, where it has one, or the last."""
+    at = int(state.step)
+    if state.best == () or not np.isfinite(state.best.score):
+        return Chosen(state.last, at, at, f"theta of meta-step {at}, the last")
+    step, score = int(state.best.step), float(state.best.score)
+    if last:
+        return Chosen(state.last, at, at, f"theta of meta-step {at}, the last; the best in meta-validation was {step}")
+    return Chosen(
+        state.best.theta, step, at, f"theta of meta-step {step} of {at}, the best in meta-validation: {score:.4f}"
+    )
 
 
 def count(rule: LearnedOptimizer) -> int:
@@ -72,17 +94,14 @@ def write(
     folder: Path,
     run: cfg.Run,
     rule: LearnedOptimizer,
-    theta: Any,
+    chosen: Chosen,
     *,
-    meta_steps: int,
     metrics: Sequence[dict[str, float]],
 ) -> Path:
-    """Save theta as an artifact with its card.
-
-    Args:
-      meta_steps: done so far.
-      metrics: of the run.
-    """
+    """Save a theta as an artifact with its card, which says how it was chosen; `metrics` are the run's."""
+    losses = [line["meta_loss"] for line in metrics if "meta_loss" in line]
+    tasks = "; ".join(f"{g.family} {json.dumps(g.settings)}" for g in run.validation.tasks)
+    validated = f"- {chosen.says}; meta-validation of {run.validation.inner_steps} inner steps on: {tasks}\n"
     card = CARD.format(
         name=run.name,
         command=cfg.command(run),
@@ -94,26 +113,34 @@ def write(
         estimator=_estimator(run.estimator),
         horizons=", then ".join(_horizons(stage) for stage in run.schedule()),
         meta_loss=_meta_loss(run),
-        meta_steps=meta_steps,
+        meta_steps=chosen.of,
         seed=run.seed,
-        loss=f"{metrics[-1]['meta_loss']:.4f}" if metrics else "unknown",
+        loss=f"{losses[-1]:.4f}" if losses else "unknown",
+        chosen=validated if run.validation.tasks else "",
         jax=jax.__version__,
         machine=f"{platform.machine()} {jax.default_backend()} × {jax.device_count()}",
     )
     provenance = dict(
-        run=run.to_json(), meta_steps=meta_steps, lopt=lopt.__version__, jax=jax.__version__, devices=jax.device_count()
+        run=run.to_json(),
+        meta_steps=chosen.of,
+        theta_of_meta_step=chosen.step,
+        lopt=lopt.__version__,
+        jax=jax.__version__,
+        devices=jax.device_count(),
     )
-    return lopt.save(folder, rule, theta, provenance=provenance, card=card)
+    return lopt.save(folder, rule, chosen.theta, provenance=provenance, card=card)
 
 
 def plot_meta_loss(path: Path, run: cfg.Run, metrics: Sequence[dict[str, float]]) -> None:
-    """Meta-loss against meta-steps, a line a group."""
+    """Meta-loss against meta-steps, a line a group, and the scores of meta-validation."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    validated = [(m["step"], m["validation"]) for m in metrics if "validation" in m]
+    metrics = [m for m in metrics if "meta_loss" in m]
     steps = [m["step"] for m in metrics]
     styles = ("-", "--", ":", "-.")
     for i, group in enumerate(run.groups):
@@ -123,6 +150,10 @@ def plot_meta_loss(path: Path, run: cfg.Run, metrics: Sequence[dict[str, float]]
             mean = np.convolve(loss, np.ones(SMOOTH) / SMOOTH, mode="valid")
             axis.plot(steps[SMOOTH - 1 :], mean, styles[i % 4], lw=2, color=line.get_color())
         line.set_label(f"{group.family} (bold: mean of {SMOOTH} logged values)")
+    if validated:
+        best = min(validated, key=lambda point: point[1])
+        axis.plot(*zip(*validated, strict=True), "k.-", lw=1, label="meta-validation, other tasks")
+        axis.plot(*best, "k*", ms=12, label=f"best, meta-step {best[0]:.0f}")
     axis.set(xlabel="meta-step", ylabel=f"meta-loss ({run.meta_loss} batches)", title=f"{run.name}: rule {run.rule}")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -32,8 +32,15 @@ def digest(tree: Any) -> str:
 class Checkpoints:
     """The steps of a run directory: the latest two and the best by meta-loss are kept."""
 
-    def __init__(self, directory: Path, identity: str):
-        """`identity` says what the state belongs to (a digest of the config); another one's steps are refused."""
+    def __init__(self, directory: Path, identity: str, layout: str | None = None):
+        """Open a folder of steps, which is made if need be.
+
+        Args:
+          directory: of the steps.
+          identity: what the state belongs to (a digest of the config); another one's steps are refused.
+          layout: in words, the devices that it lies on; another one's steps are restored, and the difference is told.
+            None where nothing goes on from them.
+        """
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
         )
@@ -48,12 +55,12 @@ class Checkpoints:
             multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._identity = identity
+        self._identity, self._layout = identity, layout
 
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
-        seal = {"sha256": digest(tree), "identity": self._identity, "devices": jax.device_count()}
+        seal = {"sha256": digest(tree), "identity": self._identity, "layout": self._layout}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave(seal))
         self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
 
@@ -64,7 +71,7 @@ class Checkpoints:
         """The newest step that verifies.
 
         Args:
-          like: a tree of the structure, shapes and dtypes saved.
+          like: a tree of the structure, shapes and dtypes saved; its values are not looked at.
 
         Returns:
           (step, tree of numpy arrays, lines about what was passed over or differs); step -1 and `like` if none is good.
@@ -73,7 +80,7 @@ class Checkpoints:
           ValueError: if the newest good step belongs to another config.
         """
         skipped = []
-        shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _numpy(like))
+        shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         for step in reversed(self.steps()):
             try:
                 items = ocp.args.Composite(
@@ -93,10 +100,10 @@ class Checkpoints:
                         f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
                         "was saved with, or a new run (with init_from= to start at this one's weights)."
                     )
-                if same and seal["devices"] != jax.device_count():
+                if same and self._layout is not None and seal["layout"] != self._layout:
                     skipped.append(
-                        f"checkpoint {step} was made on {seal['devices']} devices and goes on on {jax.device_count()}: "
-                        "no longer bit for bit the same run"
+                        f"checkpoint {step} was made on {seal['layout']} and goes on on {self._layout}: no longer bit "
+                        "for bit the same run"
                     )
                 if same:
                     return step, tree, skipped

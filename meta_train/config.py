@@ -64,11 +64,55 @@ class Group:
     settings: Settings = field(default_factory=dict)  # arguments of its factory
     weight: float = 1.0  # of the group's gradient in the average
     reference_loss: float = 0.0  # what a good optimizer reaches on it, where the run has normalise = "reference"
+    processes: tuple[int, ...] = ()  # that hold it, where the run has several; none: all of them. Changes no result
 
     def __post_init__(self) -> None:
         _require(0 < self.weight < math.inf, f"group {self.family}: weight", self.weight, "> 0")
         got = self.reference_loss
         _require(0 <= got < math.inf, f"group {self.family}: reference_loss", got, ">= 0, finite")
+        held = self.processes
+        ok = len(set(held)) == len(held) and all(isinstance(p, int) and p >= 0 for p in held)
+        _require(ok, f"group {self.family}: processes", list(held), "different numbers of processes, from 0")
+
+
+def _groups(words: list[str]) -> tuple[Group, ...]:
+    """Groups of a command line, a JSON list. Raises ValueError."""
+    value = json.loads(words[0], parse_constant=_no_constant)
+    _require(isinstance(value, list), "tasks", repr(words[0]), "a JSON list of groups")
+    return tuple(_build(Group, x, f"tasks.{i}") for i, x in enumerate(value))
+
+
+Groups = Annotated[
+    tuple[Group, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_groups,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(x, Group) for x in value),
+        str_from_instance=lambda value: [json.dumps([dataclasses.asdict(x) for x in value])],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Meta-validation: the theta that would be exported, on tasks that are not in the mixture; the best one is kept.
+
+    The score is the run's meta-loss over whole inner runs on validation batches. Tasks, inits and batches are the same
+    each time.
+    """
+
+    tasks: Groups = ()  # their weights count in the mean; none: no meta-validation
+    every: int = 200  # meta-steps; also at the start and at the end
+    inner_steps: int = 500  # of an inner run
+    seeds: int = 4  # inner runs a task
+
+    def __post_init__(self) -> None:
+        for key in ("every", "inner_steps", "seeds"):
+            got = getattr(self, key)
+            _require(1 <= got < 2**31, f"validation.{key}", got, "1 to 2^31 - 1")
+        placed = [task.family for task in self.tasks if task.processes]
+        _require(not placed, f"validation.tasks: {placed}: processes", "some", "none, all processes hold them")
 
 
 STAGGER = ("auto", "always", "never")
@@ -182,6 +226,7 @@ class Run:
     last_steps: int = 50  # inner steps of objective "last"
     normalise: str = "none"  # or divide meta-losses by the loss at "init", or by the group's "reference" loss
     stages: tuple[Stage, ...] = ()  # curriculum: later horizons and truncations, by growing start
+    validation: Validation = Validation()
     meta_optimizer: MetaOptimizer = MetaOptimizer()
     meta_steps: int = 1000
     init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
@@ -222,6 +267,7 @@ class Run:
     def identity(self) -> str:
         """sha256 of all that changes the result: checkpoints of another identity are refused."""
         tree = {k: v for k, v in self.to_json().items() if k not in NO_RESULT}
+        tree["groups"] = [{k: v for k, v in group.items() if k != "processes"} for group in tree["groups"]]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -246,9 +292,11 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
             _require(isinstance(value, Mapping), here, repr(value), "an object")
         elif dataclasses.is_dataclass(hint):
             value = _build(hint, value, here)
-        elif hint == tuple[str, ...]:
-            valid = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
-            _require(valid, here, repr(value), "a list of strings")
+        elif hint in (tuple[str, ...], tuple[int, ...]):
+            kind_of, name = (str, "strings") if hint == tuple[str, ...] else (int, "integers")
+            valid = isinstance(value, (list, tuple))
+            valid = valid and all(isinstance(x, kind_of) and not isinstance(x, bool) for x in value)
+            _require(valid, here, repr(value), f"a list of {name}")
             value = tuple(value)
         elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
             _require(isinstance(value, (list, tuple)), here, repr(value), "a list")
@@ -273,7 +321,7 @@ def command(run: Run) -> str:
     words, default = ["lopt-train", run.name], _flat(load(run.name).to_json())
     for key, value in _flat(run.to_json()).items():
         if default.get(key, value) != value or key not in default:
-            value = json.dumps(value) if isinstance(value, dict) else value
+            value = json.dumps(value) if isinstance(value, dict) or key == "validation.tasks" else value
             words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
@@ -286,7 +334,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             out |= _flat({str(i): group for i, group in enumerate(value)}, f"{prefix}groups.")
         elif isinstance(value, dict) and not key.endswith("settings"):
             out |= _flat(value, f"{prefix}{key}.")
-        elif key not in NO_RESULT:
+        elif key not in (*NO_RESULT, "processes"):
             out[prefix + key] = value
     return out
 

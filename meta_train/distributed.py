@@ -82,6 +82,18 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
+def each(tree: Any) -> Any:
+    """Every process's values [processes, ...] in every process, as numpy; shapes must not differ."""
+    import jax
+    import numpy as np
+
+    if several():
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(tree, tiled=False)
+    return jax.tree.map(lambda x: np.asarray(x)[None], tree)
+
+
 def agree(tree: Any) -> Any:
     """Process 0's values, in every process."""
     if not several():

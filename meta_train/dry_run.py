@@ -11,7 +11,7 @@ import numpy as np
 from lopt.console import span
 from meta_train import artifact
 from meta_train import config as cfg
-from meta_train.loop import Program, param_shapes
+from meta_train.program import Program, param_shapes
 
 SECONDS = 5.0  # of meta-steps to measure, at least three
 
@@ -33,11 +33,18 @@ def report(run: cfg.Run, program: Program) -> Iterator[str]:
         yield f"memory a device: state and data {held / 2**20:.1f} MiB, temporary {temporary / 2**20:.1f} MiB"
     state, metrics = compiled(program.data, state)
     jax.block_until_ready(metrics)
-    began, steps = time.perf_counter(), 0
+    began, steps, updates = time.perf_counter(), 0, 0
     while steps < 3 or time.perf_counter() - began < SECONDS:
         state, metrics = compiled(program.data, state)
-        jax.block_until_ready(metrics)
-        steps += 1
-    each = (time.perf_counter() - began) / steps
-    yield f"{program.inner_steps / each:,.0f} inner steps/s, {1 / each:.1f} meta-steps/s, over {steps} meta-steps"
+        steps, updates = steps + 1, updates + int(metrics["inner_steps"])
+    took = time.perf_counter() - began
+    each = took / steps
+    yield f"{updates / took:,.0f} inner steps/s, {1 / each:.1f} meta-steps/s, over {steps} meta-steps"
     yield f"{run.meta_steps:,} meta-steps would take {span(run.meta_steps * each)}"
+    if program.validate:
+        state, scores = program.validate(program.place(program.gather(state)))
+        jax.block_until_ready(scores)
+        began = time.perf_counter()
+        jax.block_until_ready(program.validate(state))
+        each, times = time.perf_counter() - began, run.meta_steps // run.validation.every + 1
+        yield f"a meta-validation takes {span(each)}, {times} of them {span(each * times)}"

@@ -25,12 +25,14 @@ import tyro
 
 from lopt.console import fail, prepare_jax, span
 from meta_train import config as cfg
+from meta_train.estimators import WHOLE_EPISODES
 
 T = TypeVar("T")
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
        lopt-train resume DIR                          go on after an interruption
-       lopt-train export DIR [--to DIR]               write the artifact of the newest checkpoint
+       lopt-train export DIR [--to DIR] [--last]      write the artifact of the newest checkpoint: the best theta
+                                                      where there is meta-validation, or the last one
        lopt-train list                                the named configs
 
        with --distributed, CONFIG and resume join the other processes of a run: docs/scaling.md
@@ -67,6 +69,15 @@ class Resume:
     join: Annotated[Join, tyro.conf.arg(name="")] = Join()
 
 
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the artifact of the newest good checkpoint."""
+
+    directory: tyro.conf.Positional[str]
+    to: str = ""  # folder to write; must not exist. Default: DIR/artifact
+    last: bool = False  # the last theta, also where meta-validation found a better one
+
+
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     command = args[0] if args else "--help"
@@ -78,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "resume":
             return resume(_cli(Resume, args[1:], "lopt-train resume"))
         elif command == "export":
-            return export(*_operands(args, "export DIR", option="--to"))
+            return export(_cli(Export, args[1:], "lopt-train export"))
         else:
             return start(command, args[1:])
     except ValueError as e:
@@ -87,18 +98,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _operands(args: list[str], usage: str, option: str = "") -> list[str]:
-    """The folder, and the option's value if it is given."""
-    rest = args[1:]
-    if len(rest) == 3 and option and rest[1] == option:
-        return [rest[0], rest[2]]
-    if len(rest) != 1 or rest[0].startswith("-"):
-        raise ValueError(
-            f"lopt-train: got {' '.join(args)!r}; valid: lopt-train {usage}{f' [{option} DIR]' if option else ''}."
-        )
-    return rest
 
 
 def parse(name: str, args: list[str]) -> Launch:
@@ -129,7 +128,7 @@ def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
     if launch.dry_run:
-        program = _build(launch.run)
+        program = _build(_in_one_place(launch.run))
         from meta_train import dry_run
 
         for line in dry_run.report(launch.run, program):
@@ -217,6 +216,11 @@ def _build(run: cfg.Run, folder: Path | None = None):
         raise ValueError(f"lopt-train: the config cannot be built: {type(e).__name__}: {str(e)[:300]}") from e
 
 
+def _in_one_place(run: cfg.Run) -> cfg.Run:
+    """The run with all groups in this process."""
+    return dataclasses.replace(run, groups=tuple(dataclasses.replace(g, processes=()) for g in run.groups))
+
+
 def resume(args: Resume) -> int:
     """Go on where the newest good checkpoint is."""
     folder, run = _read_run(args.directory)
@@ -224,25 +228,26 @@ def resume(args: Resume) -> int:
         return _go(run, _build(run, folder), folder)
 
 
-def export(directory: str, to: str = "") -> int:
+def export(args: Export) -> int:
     """Write the artifact of the newest good checkpoint."""
-    folder, run = _read_run(directory)
-    target = Path(to) if to else folder / "artifact"
-    if to and target.exists():
+    folder, run = _read_run(args.directory)
+    target = Path(args.to) if args.to else folder / "artifact"
+    if args.to and target.exists():
         raise ValueError(f"lopt-train export: {target} exists; valid: a new folder.")
-    program = _build(run, folder)
+    program = _build(_in_one_place(run), folder)
     from meta_train import artifact, loop
     from meta_train.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(folder / "checkpoints", run.identity())
-    at, state, passed_over = checkpoints.restore(program.init())
+    at, state, passed_over = checkpoints.restore(program.shapes)
     checkpoints.close()
     for line in passed_over:
         print(line, file=sys.stderr)
     if at < 0:
         raise ValueError(f"lopt-train export: {folder} has no checkpoint that can be read.")
-    artifact.write(target, run, program.rule, state.exported, meta_steps=at, metrics=loop.read_metrics(folder))
-    print(target)
+    chosen = artifact.choose(state, last=args.last)
+    artifact.write(target, run, program.rule, chosen, metrics=loop.read_metrics(folder))
+    print(f"{target}: {chosen.says}")
     return 0
 
 
@@ -342,23 +347,27 @@ def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
 
     began = time.monotonic()
     parameters = artifact.count(program.rule)
+    at_most = " at most" if run.estimator.name in WHOLE_EPISODES and run.horizon.low < run.horizon.high else ""
     say(
         f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
-        f"{program.inner_steps} inner steps, run directory {folder}"
+        f"{program.inner_steps} inner steps{at_most}, run directory {folder}"
     )
     for line in _differs_from_start(program.rule, folder):
         say(line)
     state, came = loop.train(run, program, folder, say, profile=profile)
-    theta, at = distributed.gather((state.exported, state.step))
+    state = distributed.gather(state._replace(estimators=(), opt=()))
     distributed.part()
     if came:
-        say(f"stopped and saved at meta-step {int(at)}; go on with: lopt-train resume {folder}")
+        say(f"stopped and saved at meta-step {int(state.step)}; go on with: lopt-train resume {folder}")
         return 128 + came
     if not first:
         return 0
     say(f"meta-trained in {span(time.monotonic() - began)}")
     metrics = loop.read_metrics(folder)
-    target = artifact.write(folder / "artifact", run, program.rule, theta, meta_steps=run.meta_steps, metrics=metrics)
+    chosen = artifact.choose(state)
+    target = artifact.write(folder / "artifact", run, program.rule, chosen, metrics=metrics)
+    if run.validation.tasks:
+        say(f"exported: {chosen.says}")
     artifact.plot_meta_loss(folder / "meta_loss.png", run, metrics)
     code = 0
     if run.compare:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import socket
@@ -10,38 +12,70 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from meta_train import launch, loop
+from meta_train import launch, loop, placement
+from meta_train import program as program_module
+from meta_train.checkpoint import digest
+from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Validation
 
 ROOT = Path(__file__).parents[1]
-ARGUMENTS = [
-    *("quickstart", "--compare", "", "--checkpoint-every", "2", "--log-every", "1", "--meta-optimizer.warmup", "0"),
-    *("--estimator.pairs", "4", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
-    *("--rule-settings", '{"hidden": 2}', "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),
-]
+# Three shapes, so three programs: two that one process holds alone, where it is said, and one that both do.
+GROUPS = (
+    Group("tabular_mlp", {"hidden": [], "batch_size": 8}),
+    Group("image_mlp", {"data": "digits", "hidden": [4], "batch_size": 8}, weight=2.0),
+    Group("tabular_mlp", {"hidden": [3], "batch_size": 8}),
+)
+APART = ((0,), (1,), ())
+RUN = Run(
+    name="x",
+    rule="nn_adam",
+    groups=GROUPS,
+    estimator=Estimator(pairs=4, truncation=4),
+    horizon=Horizon(4, 12),
+    meta_loss="train",
+    meta_optimizer=MetaOptimizer(warmup=0),
+    validation=Validation((Group("image_mlp", {"data": "digits", "hidden": [2]}),), every=2, inner_steps=4, seeds=3),
+    meta_steps=5,
+    log_every=1,
+    checkpoint_every=4,
+)
+
+
+def on(run: Run, processes=APART) -> Run:
+    groups = (dataclasses.replace(g, processes=p) for g, p in zip(run.groups, processes, strict=True))
+    return dataclasses.replace(run, groups=tuple(groups))
+
+
+def prepare(folder: Path, run: Run) -> Path:
+    """A run directory that nobody has worked in: `resume` begins it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(run.to_json()))
+    return folder
 
 
 def begin(folder: Path, devices: int, *arguments: str) -> subprocess.Popen:
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{ROOT}/.cache/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "meta_train.launch", *arguments],
+        [sys.executable, "-m", "meta_train.launch", "resume", str(folder), *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        env=os.environ | cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def begin_two(folder: Path, *arguments: str) -> list[subprocess.Popen]:
+def begin_two(folder: Path) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     join = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
-    return [begin(folder, 2, *arguments, *join, str(i)) for i in range(2)]
+    return [begin(folder, 2, *join, str(i)) for i in range(2)]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -49,28 +83,41 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out
 
 
-def theta(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "artifact/model.safetensors")
+def record(folder: Path) -> list[dict]:
+    """Without speeds."""
+    return [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in loop.read_metrics(folder)]
 
 
-def test_two_processes_train_what_one_does_and_survive_a_loss(tmp_path):
-    arguments = [*ARGUMENTS, "--meta-steps", "5"]
-    for code, out in map(finish, begin_two(tmp_path, *arguments, "--out", "two")):
-        assert code == 0, out
-    code, out = finish(begin(tmp_path, 4, *arguments, "--out", "one"))
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """What one process makes of it, with as many devices as two have."""
+    folder = prepare(tmp_path_factory.mktemp("one") / "run", RUN)
+    code, out = finish(begin(folder, 4))
     assert code == 0, out
-    one, two = theta(tmp_path / "one"), theta(tmp_path / "two")
-    for name, x in one.items():
-        np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-7, err_msg=name)
-    losses = [[line["meta_loss"] for line in loop.read_metrics(tmp_path / name)] for name in ("one", "two")]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    return folder
 
-    # One is killed: the other ends soon, with a line that says what to do, and both go on from the last checkpoint.
-    long = [*ARGUMENTS, "--meta-steps", "100000", "--out", "lost"]
-    first, second = begin_two(tmp_path, *long)
+
+@pytest.mark.parametrize("processes", [((), (), ()), APART], ids=["all groups on both", "groups on some processes"])
+def test_two_processes_train_what_one_does(tmp_path, one, processes):
+    two = prepare(tmp_path / "two", on(RUN, processes))
+    for code, out in map(finish, begin_two(two)):
+        assert code == 0, out
+    expected, found = (load_file(folder / "artifact/model.safetensors") for folder in (one, two))
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-7, err_msg=name)
+    for a, b in zip(record(one), record(two), strict=True):
+        assert a.keys() == b.keys()  # once, by process 0, with what all groups did
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_loss_of_a_process_ends_the_others_and_the_run_goes_on(tmp_path):
+    """Each group's particles come back to where they were: what is run again gives the same record."""
+    folder = prepare(tmp_path / "lost", dataclasses.replace(on(RUN), meta_steps=100_000, validation=Validation()))
+    first, second = begin_two(folder)
     deadline = time.monotonic() + 240
-    while len(loop.read_metrics(tmp_path / "lost")) < 5 and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while len(loop.read_metrics(folder)) < 7 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     second.send_signal(signal.SIGKILL)
     killed = time.monotonic()
     finish(second)
@@ -79,14 +126,76 @@ def test_two_processes_train_what_one_does_and_survive_a_loss(tmp_path):
     assert code == 75, out
     assert "another process was lost" in out.splitlines()[-1]
     assert "lopt-train resume" in out.splitlines()[-1]
-    both = begin_two(tmp_path, "resume", "lost")
-    while loop.read_metrics(tmp_path / "lost")[-1]["step"] < 8 and time.monotonic() < deadline + 240:
-        time.sleep(0.05)
+    before = record(folder)
+    both = begin_two(folder)
+    while len(loop.read_metrics(folder)) <= len(before) + 3 and both[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)  # one is told to stop: both do, at the same meta-step
     for code, out in map(finish, both):
         assert code == 143, out
-    steps = [line["step"] for line in loop.read_metrics(tmp_path / "lost")]
-    assert steps == list(range(1, len(steps) + 1))
+    after = record(folder)
+    assert [line["step"] for line in after] == list(range(1, len(after) + 1))
+    assert after[: len(before)] == before
+    code, out = finish(begin(folder, 4))
+    assert code == 2, out
+    assert "config.groups.1.processes, got 1; valid: 0 to 0" in out
+    assert launch.main(["export", str(folder), "--to", str(tmp_path / "weights")]) == 0  # one process can
+
+
+def test_groups_of_their_own_programs_are_averaged_as_in_one(monkeypatch):
+    """The programs of a placement, all in this process, against the one program of no placement."""
+    run = dataclasses.replace(RUN, estimator=Estimator(pairs=8, truncation=4), validation=Validation())
+    together = loop.build(run)
+    mesh, _ = program_module._devices_of(run)
+    placed = placement.Placement(((0,),) * 3, 0, 8)
+    monkeypatch.setattr(program_module, "_devices_of", lambda run: (mesh, placed))
+    apart = loop.build(run)
+    states = [together.init(), apart.init()]
+    for _ in range(3):
+        found = [
+            program.meta_step(program.data, state) for program, state in zip((together, apart), states, strict=True)
+        ]
+        states, metrics = ([x[i] for x in found] for i in range(2))
+        states[1] = apart.place(apart.gather(states[1]))
+        for name, x in metrics[0].items():
+            np.testing.assert_allclose(metrics[1][name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *(s.theta for s in states))
+    whole = apart.gather(states[1])
+    assert digest(apart.gather(apart.place(whole))) == digest(whole)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), together.gather(states[0])
+    )  # what one layout saves, another one can go on from
+
+
+@pytest.mark.parametrize(
+    ("processes", "pairs", "says"),
+    [
+        (((0,), (2,), ()), 4, r"config\.groups\.1\.processes, got 2; valid: 0 to 1"),
+        (((0,), (0,), (0,)), 4, "got no group for process 1; valid: one or more for each"),
+        (((0,), (1,), ()), 6, r"config\.estimator\.pairs, got 6; valid: a multiple of 4, .* hold groups\.2"),
+        (((0,), (1,), (1,)), 3, r"config\.estimator\.pairs, got 3; valid: a multiple of 2, .* hold groups\.0"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_named(processes, pairs, says):
+    with pytest.raises(ValueError, match=says):
+        placement.place(on(RUN, processes).groups, pairs, 2, 0, 2)
+
+
+def test_who_holds_what():
+    placed = placement.place(on(RUN).groups, 4, 2, 1, 2)
+    assert placed is not None
+    assert placed.holders == ((0,), (1,), (0, 1))
+    assert placed.here == (1, 2)
+    assert [placed.rows(i) for i in placed.here] == [slice(0, 4), slice(2, 4)]
+    assert placement.place(RUN.groups, 4, 2, 1, 2) is None
+    assert placement.place(on(RUN, ((0,), (0,), ())).groups, 4, 1, 0, 2) is None  # one process holds all anyway
+    with pytest.raises(ValueError, match=r"group x: processes, got \[1, 1\]; valid: different numbers"):
+        Group("x", processes=(1, 1))
+
+
+def test_where_groups_live_is_no_part_of_the_result():
+    assert on(RUN).identity() == RUN.identity()
+    assert Run.from_json(json.loads(json.dumps(on(RUN).to_json()))) == on(RUN)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +212,7 @@ def test_two_processes_train_what_one_does_and_survive_a_loss(tmp_path):
 )
 def test_what_cannot_be_joined_is_said(capsys, arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert launch.main([*ARGUMENTS, *arguments]) == 2
+    assert launch.main(["quickstart", "--compare", "", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error

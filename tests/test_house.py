@@ -55,13 +55,13 @@ def test_estimators_know_neither_rules_nor_tasks():
 
 
 def test_only_inner_couples_rules_and_tasks():
-    """The launcher's loop builds both by name; no other file may know both."""
+    """A run's program builds both by name; no other file may know both."""
     both = [
         path.name
         for path in (ROOT / "meta_train").rglob("*.py")
         if {"lopt", "tasks"} <= {name.split(".")[0] for name in imported(path)}
     ]
-    assert sorted(both) == ["inner.py", "loop.py"]
+    assert sorted(both) == ["inner.py", "program.py"]
 
 
 @pytest.mark.parametrize("folder", sorted(REGISTRIES))

@@ -13,6 +13,7 @@ import pytest
 import lopt
 from lopt import rules
 from meta_train import loop
+from meta_train import program as program_module
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
 
 SMALL = Run(
@@ -39,7 +40,7 @@ def test_the_layout_of_devices_does_not_matter(monkeypatch):
     assert len(jax.devices()) >= 4
     wide, _ = steps(SMALL, 3)
     assert len(wide.estimators[0].xi.sharding.device_set) == 4
-    monkeypatch.setattr(loop, "_devices", lambda pairs, available: 1)
+    monkeypatch.setattr(program_module, "_devices", lambda pairs, available: 1)
     narrow, _ = steps(SMALL, 3)
     assert len(narrow.estimators[0].xi.sharding.device_set) == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), wide.theta, narrow.theta)
@@ -48,7 +49,7 @@ def test_the_layout_of_devices_does_not_matter(monkeypatch):
 
 @pytest.mark.parametrize(("pairs", "available", "expected"), [(8, 2, 2), (3, 2, 1), (6, 4, 3), (1, 8, 1), (8, 8, 8)])
 def test_pairs_divide_over_devices(pairs, available, expected):
-    assert loop._devices(pairs, available) == expected
+    assert program_module._devices(pairs, available) == expected
 
 
 def test_groups_are_averaged_by_weight():
@@ -129,8 +130,8 @@ def test_the_average_of_theta_is_what_is_exported():
 
 
 def test_stages_follow_each_other():
-    stages = (loop.Stage(0, "a", 1), loop.Stage(5, "b", 1), loop.Stage(9, "c", 1))
-    program = loop.Program(None, (), None, stages, None)
+    stages = (program_module.Stage(0, "a", 1), program_module.Stage(5, "b", 1), program_module.Stage(9, "c", 1))
+    program = program_module.Program(None, (), None, stages, None, None, None, "")
     assert [program.at(step).meta_step for step in (0, 4, 5, 8, 9, 99)] == ["a", "a", "b", "b", "c", "c"]
 
 

@@ -14,6 +14,7 @@ class Estimate(NamedTuple):
     loss: jax.Array  # () mean meta-loss over particles and inner steps
     diverged: jax.Array  # () int32, trajectories that diverged in this window
     resets: jax.Array  # () int32, particles (pairs) that were reset in this window, divergence included
+    steps: jax.Array  # () int32, inner updates that count: of all copies, of an episode those until its horizon
 
     @property
     def norm(self) -> jax.Array:
@@ -23,7 +24,8 @@ class Estimate(NamedTuple):
     def across(self, axis: str) -> Estimate:
         """The estimate over all devices of a mapped axis, each holding the same number of particles."""
         mean, total = (lambda x: jax.lax.pmean(x, axis)), (lambda x: jax.lax.psum(x, axis))
-        return Estimate(jax.tree.map(mean, self.grad), mean(self.loss), total(self.diverged), total(self.resets))
+        counts = total((self.diverged, self.resets, self.steps))
+        return Estimate(jax.tree.map(mean, self.grad), mean(self.loss), *counts)
 
 
 class Estimator(NamedTuple):
@@ -35,4 +37,4 @@ class Estimator(NamedTuple):
 
     init: Callable[[jax.Array, Any], Any]
     estimate: Callable[[jax.Array, Any, Any], tuple[Estimate, Any]]
-    inner_steps: int  # inner updates of one estimate, all copies of all particles; an upper bound for whole episodes
+    inner_steps: int  # the most inner updates of one estimate, all copies of all particles

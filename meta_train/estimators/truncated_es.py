@@ -63,7 +63,7 @@ def truncated_es(
         )
         delta = unroll.signed((seen.before + seen.after) / truncation, sign)
         grad = unroll.gradient(delta, eps, scale)
-        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged, seen.resets)
+        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged, seen.resets, seen.updates)
         return result, State(unroll.pick(inner, seen.particles, 2), state.index)
 
     return Estimator(init, estimate, 3 * pairs * truncation)

@@ -32,6 +32,7 @@ class Window(NamedTuple):
     loss: jax.Array  # () mean meta-loss
     diverged: jax.Array  # () int32, copies that diverged
     resets: jax.Array  # () int32
+    updates: jax.Array  # () int32, inner updates of all copies
 
 
 class Episode(NamedTuple):
@@ -39,8 +40,8 @@ class Episode(NamedTuple):
 
     score: jax.Array  # [N] mean score of a step
     loss: jax.Array  # () mean over particles of the episode's mean meta-loss
-    diverged: jax.Array  # () int32, copies that diverged at some step
-    steps: jax.Array  # [N] int32, length of the episode
+    diverged: jax.Array  # [N] int32, copies that diverged at some step
+    updates: jax.Array  # () int32, inner updates of all copies until their horizons
 
 
 def difference(loss: Float[Array, "N 2"]) -> Float[Array, " N"]:
@@ -177,7 +178,9 @@ def window(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     last, (losses, ends) = jax.lax.scan(body, start, jnp.arange(steps))
     particles, _, before, after, was_reset, diverged = last
-    return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, ends.sum(dtype=jnp.int32))
+    resets = ends.sum(dtype=jnp.int32)
+    updates = jnp.full((), steps * len(keys) * _copies(thetas), jnp.int32)
+    return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, resets, updates)
 
 
 def episode(
@@ -207,7 +210,7 @@ def episode(
         return (particles, total, losses, steps + running, running & ~done, bad), None
 
     zero, count = jnp.zeros(len(keys)), jnp.zeros(len(keys), jnp.int32)
-    copies = jax.tree.leaves(thetas)[0].shape[1]
+    copies = _copies(thetas)
     start = (particles, zero, zero, count, count == 0, jnp.zeros((len(keys), copies), bool))
     if length is None:
         loop = lambda carry: body(carry[:-1], carry[-1])[0] + (carry[-1] + 1,)  # noqa: E731
@@ -215,7 +218,8 @@ def episode(
     else:
         last, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, jnp.arange(length))
     _, total, losses, steps, _, bad = last
-    return Episode(total / steps, (losses / steps).mean(), bad.sum(dtype=jnp.int32), steps)
+    updates = copies * steps.sum(dtype=jnp.int32)
+    return Episode(total / steps, (losses / steps).mean(), bad.sum(axis=1, dtype=jnp.int32), updates)
 
 
 def require(where: str, **settings: tuple[Any, bool, str]) -> None:
@@ -234,6 +238,10 @@ def fits(where: str, inner: Inner, truncation: int) -> None:
     """Raise ValueError unless a window has room for at most one end of an episode that did not diverge."""
     valid = f"1 to {inner.shortest}, the shortest horizon of an inner run"
     require(where, truncation=(truncation, 1 <= truncation <= inner.shortest, valid))
+
+
+def _copies(thetas: Any) -> int:
+    return jax.tree.leaves(thetas)[0].shape[1]
 
 
 def _map_axes(on: Any, off: Any, axes: Any, tree: Any) -> Any:

@@ -1,0 +1,424 @@
+"""A run's program: its state, and the jitted meta-step of each of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import tasks
+from lopt import rules
+from lopt.base import LearnedOptimizer, unknown
+from lopt.pretrained import named_leaves, read
+from meta_train import config as cfg
+from meta_train import distributed, meta_optimizer, placement, validation
+from meta_train.estimators import REGISTRY as ESTIMATORS
+from meta_train.estimators.base import Estimate, Estimator
+from meta_train.inner import Horizon, Inner, make_inner
+
+AXIS = "particles"
+
+
+class State(NamedTuple):
+    """What a meta-step changes and a checkpoint holds; also, with other leaves, the layout of the same."""
+
+    step: Any  # () int32, meta-steps done
+    theta: Any
+    opt: Any  # of the meta-optimizer
+    estimators: Any  # tuple, one a group, particles on the leading axis; () for a group that lives on other processes
+    skipped: Any  # () int32, meta-steps whose gradient was not finite and was not applied
+    ema: Any = ()  # moving average of theta, if the run has one: what is exported then
+    best: Any = ()  # validation.Best, if the run has meta-validation; no meta-step sees it
+
+    @property
+    def last(self) -> Any:
+        """Theta as it is now, for those who use it."""
+        return self.theta if self.ema == () else self.ema
+
+    @property
+    def exported(self) -> Any:
+        """Theta for those who use it: the best one where there is meta-validation."""
+        return self.last if self.best == () else self.best.theta
+
+
+class Stage(NamedTuple):
+    """A part of the curriculum: its function `meta_step: (data, State) -> (State, metrics)`."""
+
+    start: int  # its first meta-step
+    meta_step: Any  # one jitted function, unless groups live on different processes
+    inner_steps: int  # the most inner updates of one meta-step, all copies counted; the metrics have what it was
+
+
+class Program(NamedTuple):
+    """A run, compiled lazily.
+
+    Fields:
+      rule: that is meta-trained.
+      data: pytree of the groups' data, on every device that holds them.
+      init: `() -> State`.
+      stages: each with its `meta_step: (data, State) -> (State, metrics)`; State is donated and of the same shapes in
+        all; metrics are scalars by name.
+      place: puts a whole State of host arrays on the devices.
+      gather: a whole State as numpy in every process; all processes must ask.
+      shapes: of a whole State.
+      layout: in words, the devices and processes that a State lies on.
+      validate: `State -> (State, scores by name)`, or None without meta-validation.
+    """
+
+    rule: LearnedOptimizer
+    data: tuple[Any, ...]
+    init: Callable[[], State]
+    stages: tuple[Stage, ...]
+    place: Callable[[State], State]
+    gather: Callable[[State], State]
+    shapes: State
+    layout: str
+    validate: Callable[[State], tuple[State, dict[str, jax.Array]]] | None = None
+
+    def at(self, step: int) -> Stage:
+        """The stage of a meta-step, counted from 0."""
+        return max((stage for stage in self.stages if stage.start <= step), key=lambda stage: stage.start)
+
+    @property
+    def meta_step(self):
+        """Of the first stage."""
+        return self.stages[0].meta_step
+
+    @property
+    def inner_steps(self) -> int:
+        """Of the first stage."""
+        return self.stages[0].inner_steps
+
+
+def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation: int) -> Estimator:
+    """The estimator of a config, given those of the settings that it takes.
+
+    Raises:
+      ValueError: for an unknown estimator, a setting it does not have, or a value out of range.
+    """
+    if spec.name not in ESTIMATORS:
+        raise unknown("config.estimator.name", "estimator", spec.name, ESTIMATORS)
+    factory = getattr(importlib.import_module(ESTIMATORS[spec.name]), spec.name)
+    takes = inspect.signature(factory).parameters
+    for name, setting, got in (("sign", "sign", spec.sign), ("std_parts", "std", spec.std_parts)):
+        if got and setting not in takes:
+            raise ValueError(
+                f"config.estimator.{name}, got {got}; valid: none, since {spec.name} does not perturb theta."
+            )
+    std = spec.std
+    if spec.std_parts:
+        std = meta_optimizer.by_part("config.estimator.std_parts", template, spec.std_parts, spec.std)
+    settings = dict(pairs=spec.pairs, particles=spec.pairs, std=std, truncation=truncation, sign=spec.sign)
+    return factory(inner, **{name: value for name, value in settings.items() if name in takes})
+
+
+def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | None:
+    """Theta of `init_from`, or None. Raises ValueError if it is another rule's or of another shape."""
+    if not run.init_from:
+        return None
+    other, theta = read(start or run.init_from)
+    ours, theirs = (
+        {name: x.shape for name, x in named_leaves(t).items()}
+        for t in (jax.eval_shape(rule.init_theta, jax.random.key(0)), theta)
+    )
+    if other.name != rule.name or ours != theirs:
+        raise ValueError(
+            f"config.init_from: {run.init_from} is {other.name} {dict(other.settings)}; "
+            f"valid: an artifact of {rule.name} with theta of the same shapes as {dict(rule.settings)}."
+        )
+    return theta
+
+
+def build(run: cfg.Run, start: Path | None = None) -> Program:
+    """Resolve names and assemble the meta-step.
+
+    Args:
+      run: what to build.
+      start: where the artifact of `run.init_from` is now, if not there.
+
+    Raises:
+      ValueError: for an unknown rule, task, estimator or setting, a value out of range, pairs that do not divide over
+        the devices, groups on processes that there are not, or meta-validation on a task of the mixture.
+    """
+    rule = rules.make(run.rule, **run.rule_settings)
+    group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
+    mesh, placed = _devices_of(run)
+    start_theta = _start(run, rule, start)
+    template = jax.eval_shape(rule.init_theta, jax.random.key(0))
+    tx = meta_optimizer.make(run.meta_optimizer, run.meta_steps, template, run.freeze)
+    decay = run.meta_optimizer.ema
+    weights = _shares(run.groups)
+    seed = partial(jax.random.fold_in, jax.random.key(run.seed))
+    spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    replicated = NamedSharding(mesh, everywhere)
+
+    def estimator(stage: cfg.Stage, group: int, data: Any) -> Estimator:
+        inner = _inner(
+            run, rule, group_tasks[group]._replace(data=data), run.groups[group], Horizon(stage.low, stage.high)
+        )
+        return make_estimator(run.estimator, inner, template, stage.truncation)
+
+    def initial(groups: Iterable[int]) -> State:
+        """With the particles of some groups."""
+        theta_key, *group_keys = jax.random.split(seed(0), 1 + len(group_tasks))
+        theta = rule.init_theta(theta_key) if start_theta is None else start_theta
+
+        @jax.jit
+        def particles(keys, data, theta):
+            first = run.schedule()[0]
+            return {i: estimator(first, i, data[i]).init(keys[i], theta) for i in groups}
+
+        states = particles(group_keys, {i: group_tasks[i].data for i in groups}, theta)
+        zero = jnp.zeros((), jnp.int32)
+        # Apart from theta, since a state that is donated may not share buffers with itself.
+        ema = jax.tree.map(jnp.copy, theta) if decay else ()
+        best = validation.nothing_yet(theta) if run.validation.tasks else ()
+        every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
+        return State(zero, theta, tx.init(theta), every, zero, ema, best)
+
+    def estimates(stage, data, step, theta, states) -> tuple[dict[int, Estimate], tuple[Any, ...]]:
+        """Of the groups that have states, over the devices of the mapped axis, each with its share of the particles."""
+        key = jax.random.fold_in(seed(1), step)
+        found, after = {}, list(states)
+        for i, (d, state) in enumerate(zip(data, states, strict=True)):
+            if state != ():
+                estimate, after[i] = estimator(stage, i, d).estimate(jax.random.fold_in(key, i), theta, state)
+                found[i] = estimate.across(AXIS)
+        return found, tuple(after)
+
+    def update(state: State, grad: Any, loss: Any, norms: Any, counts: Any) -> tuple[State, dict[str, jax.Array]]:
+        """Move theta by the weighted gradient; losses and norms are [G], counts [3, G]."""
+        norm = optax.tree.norm(grad)
+        usable = jnp.isfinite(norm)
+        updates, opt = tx.update(grad, state.opt, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        theta, opt, ema = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old),
+            (theta, opt, meta_optimizer.average(state.ema, theta, decay)),
+            (state.theta, state.opt, state.ema),
+        )
+        skipped = state.skipped + (1 - usable.astype(jnp.int32))
+        metrics: dict[str, Any] = {
+            "meta_loss": sum(w * x for w, x in zip(weights, loss, strict=True)),
+            "grad_norm": norm,
+            **dict(zip(("diverged", "resets", "inner_steps"), (sum(count) for count in counts), strict=True)),
+            "skipped": skipped,
+        }
+        for i in range(len(weights)):
+            metrics |= {f"meta_loss/{i}": loss[i], f"grad_norm/{i}": norms[i], f"diverged/{i}": counts[0][i]}
+            metrics[f"skipped/{i}"] = 1 - jnp.isfinite(norms[i]).astype(jnp.int32)
+        return state._replace(step=state.step + 1, theta=theta, opt=opt, skipped=skipped, ema=ema), metrics
+
+    def together() -> Program:
+        """All processes hold all groups: one program, one mesh."""
+        layout = State(everywhere, everywhere, everywhere, spread, everywhere, everywhere, everywhere)
+        shardings = State(*(NamedSharding(mesh, part) for part in layout))
+
+        def meta_step(stage, data, state: State):
+            found, estimators = jax.shard_map(
+                partial(estimates, stage),
+                mesh=mesh,
+                in_specs=(everywhere, everywhere, everywhere, spread),
+                out_specs=(everywhere, spread),
+                check_vma=False,
+            )(data, state.step, state.theta, state.estimators)
+            each = [found[i] for i in range(len(weights))]
+            grad = jax.tree.map(
+                lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *(e.grad for e in each)
+            )
+            counts = [[e.diverged for e in each], [e.resets for e in each], [e.steps for e in each]]
+            return update(
+                state._replace(estimators=estimators), grad, [e.loss for e in each], [e.norm for e in each], counts
+            )
+
+        def compiled(stage: cfg.Stage) -> Stage:
+            # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
+            step = jax.jit(partial(meta_step, stage), donate_argnums=1, out_shardings=(shardings, replicated))
+            return Stage(stage.start, step, most(stage))
+
+        # By way of the host: an array of one process cannot be spread over the devices of all.
+        data = jax.device_put(jax.device_get(tuple(task.data for task in group_tasks)), replicated)
+        place = _copy_to(shardings)
+        program = Program(
+            rule,
+            data,
+            lambda: place(jax.device_get(initial(range(len(group_tasks))))),
+            tuple(compiled(stage) for stage in run.schedule()),
+            place,
+            distributed.gather,
+            shapes,
+            _words(mesh),
+        )
+        for stage in program.stages:  # errors of settings surface before anything is written
+            jax.eval_shape(stage.meta_step, data, shapes)
+        return program
+
+    def apart(placed: placement.Placement) -> Program:
+        """Each process runs the program of its groups, and one of all processes adds up their gradients."""
+        own = jax.make_mesh(
+            (jax.local_device_count(),), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()
+        )
+        base, on_own = _copy_to(replicated), _copy_to(NamedSharding(own, spread))
+
+        def bring(stage, data, step, theta, states):
+            found, states = estimates(stage, data, step, theta, states)
+            lead = jax.lax.axis_index(AXIS) == 0
+            return placement.bring(found, theta, weights, placed, lead), states
+
+        @partial(jax.jit, out_shardings=replicated)
+        def meet(share, state):
+            return update(state, *placement.meet(share, weights, placed, optax.tree.norm))
+
+        def compiled(stage: cfg.Stage) -> Stage:
+            here = jax.shard_map(
+                partial(bring, stage),
+                mesh=own,
+                in_specs=(everywhere, everywhere, everywhere, spread),
+                out_specs=(spread, spread),
+                check_vma=False,
+            )
+            here = jax.jit(here, donate_argnums=3, out_shardings=NamedSharding(own, spread))
+
+            def meta_step(data, state: State):
+                theta = placement.of_this((state.step, state.theta), own)
+                share, states = here(data, *theta, state.estimators)
+                rest, metrics = meet(placement.of_all(share, mesh, AXIS), state._replace(estimators=()))
+                return rest._replace(estimators=states), metrics
+
+            local = jax.eval_shape(placed.cut, shapes.estimators)
+            jax.eval_shape(here, data, shapes.step, shapes.theta, local)  # errors surface before anything is written
+            return Stage(stage.start, meta_step, most(stage))
+
+        def place(state: State) -> State:
+            mine = on_own(placed.cut(state.estimators))
+            return base(state._replace(estimators=()))._replace(estimators=mine)
+
+        def gather(state: State) -> State:
+            rest = distributed.gather(state._replace(estimators=()))
+            return rest._replace(estimators=placement.gather(state.estimators, shapes.estimators, placed))
+
+        data = jax.device_put(
+            placed.only([jax.device_get(task.data) for task in group_tasks]), NamedSharding(own, everywhere)
+        )
+        stages = tuple(compiled(stage) for stage in run.schedule())
+        init = lambda: place(jax.device_get(initial(placed.here)))  # noqa: E731
+        return Program(rule, data, init, stages, place, gather, shapes, _words(mesh, placed))
+
+    def most(stage: cfg.Stage) -> int:
+        return sum(estimator(stage, i, task.data).inner_steps for i, task in enumerate(group_tasks))
+
+    shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
+    program = together() if placed is None else apart(placed)
+    if not run.validation.tasks:
+        return program
+    return program._replace(validate=_validator(run, rule, group_tasks, mesh, seed(2)))
+
+
+def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:
+    """A mesh of all devices of all processes, or in one process of as many as the pairs divide over; who holds what."""
+    available, pairs = jax.device_count(), run.estimator.pairs
+    devices = jax.devices()[: _devices(pairs, available)]
+    some = any(group.processes for group in run.groups)
+    each = placement.equal_devices() if some else 0
+    placed = placement.place(run.groups, pairs, jax.process_count(), jax.process_index(), each)
+    if placed:
+        devices = jax.devices()
+    elif distributed.several() and len(devices) < available:
+        raise ValueError(
+            f"config.estimator.pairs, got {pairs}; valid: a multiple of the {available} devices of all processes."
+        )
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices), placed
+
+
+def _copy_to(shardings: Any) -> Callable[[Any], Any]:
+    """Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both."""
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+
+
+def _words(mesh: Mesh, placed: placement.Placement | None = None) -> str:
+    """What a state lies on. One that goes on elsewhere is no longer the same bit for bit."""
+    several = f" of {jax.process_count()} processes" if distributed.several() else ""
+    groups = f", groups on processes {' | '.join(' '.join(map(str, h)) for h in placed.holders)}" if placed else ""
+    return f"{mesh.size} devices{several}{groups}"
+
+
+def _inner(run: cfg.Run, rule: LearnedOptimizer, task: tasks.Task, group: cfg.Group, horizon: Horizon) -> Inner:
+    return make_inner(
+        rule,
+        task,
+        horizon=horizon,
+        meta_loss=run.meta_loss,
+        loss_limit=run.loss_limit,
+        objective=run.objective,
+        last_steps=run.last_steps,
+        normalise=run.normalise,
+        reference_loss=group.reference_loss,
+        stagger=run.horizon.staggered,
+    )
+
+
+def _shares(groups: Sequence[cfg.Group]) -> list[float]:
+    return [group.weight / sum(g.weight for g in groups) for group in groups]
+
+
+def _validator(
+    run: cfg.Run, rule: LearnedOptimizer, mixture: Sequence[tasks.Task], mesh: Mesh, key: jax.Array
+) -> Callable[[State], tuple[State, dict[str, jax.Array]]]:
+    """Meta-validation of a run. Raises ValueError for a task of the mixture, or one that cannot be built."""
+    held_out = [tasks.make(group.family, **group.settings) for group in run.validation.tasks]
+    for i, (group, task) in enumerate(zip(run.validation.tasks, held_out, strict=True)):
+        for j, (other, trained) in enumerate(zip(run.groups, mixture, strict=True)):
+            shared = {source.id for source in task.provenance} & {source.id for source in trained.provenance}
+            alike = group.family == other.family and shared and _param_shapes(task) == _param_shapes(trained)
+            if alike or task.name == trained.name:
+                raise ValueError(
+                    f"config.validation.tasks.{i}, got {task.name}, which is in the mixture: groups.{j} is "
+                    f"{trained.name}; valid: another family, other shapes of params, or other data."
+                )
+    horizon = Horizon(run.validation.inner_steps, run.validation.inner_steps)
+    on_validation = dataclasses.replace(run, meta_loss="validation")
+
+    def inner(i: int, data: Any) -> Inner:
+        return _inner(on_validation, rule, held_out[i]._replace(data=data), run.validation.tasks[i], horizon)
+
+    data = jax.device_get(tuple(task.data for task in held_out))
+    judge = validation.make(
+        inner,
+        jax.device_put(data, NamedSharding(mesh, PartitionSpec())),
+        weights=_shares(run.validation.tasks),
+        seeds=run.validation.seeds,
+        key=key,
+        mesh=mesh,
+    )
+
+    def validate(state: State) -> tuple[State, dict[str, jax.Array]]:
+        best, scores = judge(state.last, state.best, state.step)
+        return state._replace(best=best), scores
+
+    return validate
+
+
+def _param_shapes(task: tasks.Task) -> dict[str, tuple[int, ...]]:
+    """By "/"-joined key path."""
+    params = jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
+    named = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named}
+
+
+def param_shapes(run: cfg.Run) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the params of each group's tasks, by "/"-joined key path."""
+    return [_param_shapes(tasks.make(group.family, **group.settings)) for group in run.groups]
+
+
+def _devices(pairs: int, available: int) -> int:
+    """The largest number of devices over which the pairs divide evenly."""
+    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)
