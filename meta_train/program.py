@@ -158,8 +158,6 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     decay = run.meta_optimizer.ema
     weights = _shares(run.groups)
     seed = partial(jax.random.fold_in, jax.random.key(run.seed))
-    spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    replicated = NamedSharding(mesh, everywhere)
 
     def estimator(stage: cfg.Stage, group: int, data: Any) -> Estimator:
         inner = _inner(
@@ -218,109 +216,120 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
             metrics[f"skipped/{i}"] = 1 - jnp.isfinite(norms[i]).astype(jnp.int32)
         return state._replace(step=state.step + 1, theta=theta, opt=opt, skipped=skipped, ema=ema), metrics
 
-    def together() -> Program:
-        """All processes hold all groups: one program, one mesh."""
-        layout = State(everywhere, everywhere, everywhere, spread, everywhere, everywhere, everywhere)
-        shardings = State(*(NamedSharding(mesh, part) for part in layout))
-
-        def meta_step(stage, data, state: State):
-            found, estimators = jax.shard_map(
-                partial(estimates, stage),
-                mesh=mesh,
-                in_specs=(everywhere, everywhere, everywhere, spread),
-                out_specs=(everywhere, spread),
-                check_vma=False,
-            )(data, state.step, state.theta, state.estimators)
-            each = [found[i] for i in range(len(weights))]
-            grad = jax.tree.map(
-                lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *(e.grad for e in each)
-            )
-            counts = [[e.diverged for e in each], [e.resets for e in each], [e.steps for e in each]]
-            return update(
-                state._replace(estimators=estimators), grad, [e.loss for e in each], [e.norm for e in each], counts
-            )
-
-        def compiled(stage: cfg.Stage) -> Stage:
-            # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
-            step = jax.jit(partial(meta_step, stage), donate_argnums=1, out_shardings=(shardings, replicated))
-            return Stage(stage.start, step, most(stage))
-
-        # By way of the host: an array of one process cannot be spread over the devices of all.
-        data = jax.device_put(jax.device_get(tuple(task.data for task in group_tasks)), replicated)
-        place = _copy_to(shardings)
-        program = Program(
-            rule,
-            data,
-            lambda: place(jax.device_get(initial(range(len(group_tasks))))),
-            tuple(compiled(stage) for stage in run.schedule()),
-            place,
-            distributed.gather,
-            shapes,
-            _words(mesh),
-        )
-        for stage in program.stages:  # errors of settings surface before anything is written
-            jax.eval_shape(stage.meta_step, data, shapes)
-        return program
-
-    def apart(placed: placement.Placement) -> Program:
-        """Each process runs the program of its groups, and one of all processes adds up their gradients."""
-        own = jax.make_mesh(
-            (jax.local_device_count(),), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()
-        )
-        base, on_own = _copy_to(replicated), _copy_to(NamedSharding(own, spread))
-
-        def bring(stage, data, step, theta, states):
-            found, states = estimates(stage, data, step, theta, states)
-            lead = jax.lax.axis_index(AXIS) == 0
-            return placement.bring(found, theta, weights, placed, lead), states
-
-        @partial(jax.jit, out_shardings=replicated)
-        def meet(share, state):
-            return update(state, *placement.meet(share, weights, placed, optax.tree.norm))
-
-        def compiled(stage: cfg.Stage) -> Stage:
-            here = jax.shard_map(
-                partial(bring, stage),
-                mesh=own,
-                in_specs=(everywhere, everywhere, everywhere, spread),
-                out_specs=(spread, spread),
-                check_vma=False,
-            )
-            here = jax.jit(here, donate_argnums=3, out_shardings=NamedSharding(own, spread))
-
-            def meta_step(data, state: State):
-                theta = placement.of_this((state.step, state.theta), own)
-                share, states = here(data, *theta, state.estimators)
-                rest, metrics = meet(placement.of_all(share, mesh, AXIS), state._replace(estimators=()))
-                return rest._replace(estimators=states), metrics
-
-            local = jax.eval_shape(placed.cut, shapes.estimators)
-            jax.eval_shape(here, data, shapes.step, shapes.theta, local)  # errors surface before anything is written
-            return Stage(stage.start, meta_step, most(stage))
-
-        def place(state: State) -> State:
-            mine = on_own(placed.cut(state.estimators))
-            return base(state._replace(estimators=()))._replace(estimators=mine)
-
-        def gather(state: State) -> State:
-            rest = distributed.gather(state._replace(estimators=()))
-            return rest._replace(estimators=placement.gather(state.estimators, shapes.estimators, placed))
-
-        data = jax.device_put(
-            placed.only([jax.device_get(task.data) for task in group_tasks]), NamedSharding(own, everywhere)
-        )
-        stages = tuple(compiled(stage) for stage in run.schedule())
-        init = lambda: place(jax.device_get(initial(placed.here)))  # noqa: E731
-        return Program(rule, data, init, stages, place, gather, shapes, _words(mesh, placed))
-
     def most(stage: cfg.Stage) -> int:
         return sum(estimator(stage, i, task.data).inner_steps for i, task in enumerate(group_tasks))
 
     shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
-    program = together() if placed is None else apart(placed)
+    data = [jax.device_get(task.data) for task in group_tasks]
+    pieces = Pieces(rule, data, run.schedule(), weights, shapes, initial, estimates, update, most)
+    program = _together(pieces, mesh) if placed is None else _apart(pieces, mesh, placed)
     if not run.validation.tasks:
         return program
     return program._replace(validate=_validator(run, rule, group_tasks, mesh, seed(2)))
+
+
+class Pieces(NamedTuple):
+    """What a meta-step is made of, wherever the groups live; G groups."""
+
+    rule: LearnedOptimizer
+    data: Sequence[Any]  # of the groups, on the host
+    schedule: tuple[cfg.Stage, ...]
+    weights: Sequence[float]  # of the groups, summing to 1
+    shapes: State
+    initial: Callable[[Iterable[int]], State]  # with the particles of these groups
+    estimates: Callable[..., tuple[dict[int, Estimate], tuple[Any, ...]]]
+    update: Callable[..., tuple[State, dict[str, jax.Array]]]
+    most: Callable[[cfg.Stage], int]  # inner updates of a meta-step
+
+
+EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
+
+
+def _together(pieces: Pieces, mesh: Mesh) -> Program:
+    """All processes hold all groups: one program over one mesh."""
+    layout = State(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    shardings, replicated = State(*(NamedSharding(mesh, part) for part in layout)), NamedSharding(mesh, EVERYWHERE)
+
+    def meta_step(stage, data, state: State):
+        found, estimators = jax.shard_map(
+            partial(pieces.estimates, stage),
+            mesh=mesh,
+            in_specs=(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD),
+            out_specs=(EVERYWHERE, SPREAD),
+            check_vma=False,
+        )(data, state.step, state.theta, state.estimators)
+        each = [found[i] for i in range(len(pieces.weights))]
+        scaled = [jax.tree.map(lambda g, w=w: w * g, e.grad) for w, e in zip(pieces.weights, each, strict=True)]
+        grad = jax.tree.map(lambda *gs: sum(gs), *scaled)
+        counts = [e.diverged for e in each], [e.resets for e in each], [e.steps for e in each]
+        state = state._replace(estimators=estimators)
+        return pieces.update(state, grad, [e.loss for e in each], [e.norm for e in each], counts)
+
+    def compiled(stage: cfg.Stage) -> Stage:
+        # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
+        step = jax.jit(partial(meta_step, stage), donate_argnums=1, out_shardings=(shardings, replicated))
+        jax.eval_shape(step, data, pieces.shapes)  # errors of settings surface before anything is written
+        return Stage(stage.start, step, pieces.most(stage))
+
+    def init() -> State:
+        return place(jax.device_get(pieces.initial(range(len(pieces.weights)))))
+
+    # By way of the host: an array of one process cannot be spread over the devices of all.
+    data, place = jax.device_put(tuple(pieces.data), replicated), _copy_to(shardings)
+    stages = tuple(compiled(stage) for stage in pieces.schedule)
+    return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh))
+
+
+def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
+    """Each process runs the program of its groups on its own devices, and one of all adds up their gradients."""
+    devices = jax.local_devices()
+    own = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    replicated = NamedSharding(mesh, EVERYWHERE)
+
+    def share(stage, data, step, theta, states):
+        found, states = pieces.estimates(stage, data, step, theta, states)
+        lead = jax.lax.axis_index(AXIS) == 0
+        return placement.bring(found, theta, pieces.weights, placed, lead), states
+
+    @partial(jax.jit, out_shardings=replicated)
+    def meet(shares, state):
+        return pieces.update(state, *placement.meet(shares, pieces.weights, placed, optax.tree.norm))
+
+    def compiled(stage: cfg.Stage) -> Stage:
+        here = jax.shard_map(
+            partial(share, stage),
+            mesh=own,
+            in_specs=(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD),
+            out_specs=(SPREAD, SPREAD),
+            check_vma=False,
+        )
+        here = jax.jit(here, donate_argnums=3, out_shardings=NamedSharding(own, SPREAD))
+        held = jax.eval_shape(placed.cut, pieces.shapes.estimators)
+        jax.eval_shape(here, data, pieces.shapes.step, pieces.shapes.theta, held)  # errors of settings surface here
+
+        def meta_step(data, state: State):
+            step, theta = placement.of_this((state.step, state.theta), own)
+            shares, states = here(data, step, theta, state.estimators)
+            rest, metrics = meet(placement.of_all(shares, mesh, AXIS), state._replace(estimators=()))
+            return rest._replace(estimators=states), metrics
+
+        return Stage(stage.start, meta_step, pieces.most(stage))
+
+    def place(state: State) -> State:
+        mine = particles(placed.cut(state.estimators))
+        return rest(state._replace(estimators=()))._replace(estimators=mine)
+
+    def gather(state: State) -> State:
+        whole = distributed.gather(state._replace(estimators=()))
+        return whole._replace(estimators=placement.gather(state.estimators, pieces.shapes.estimators, placed))
+
+    def init() -> State:
+        return place(jax.device_get(pieces.initial(placed.here)))
+
+    rest, particles = _copy_to(replicated), _copy_to(NamedSharding(own, SPREAD))
+    data = jax.device_put(placed.only(pieces.data), NamedSharding(own, EVERYWHERE))
+    stages = tuple(compiled(stage) for stage in pieces.schedule)
+    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, _words(mesh, placed))
 
 
 def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:

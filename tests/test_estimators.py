@@ -219,8 +219,33 @@ def test_halves_of_the_particles_give_the_whole(name):
         found, halves = zip(*(estimate_(jax.random.key(k), THETA, half) for half in halves), strict=True)
         np.testing.assert_allclose(sum(e.grad for e in found) / 2, expected.grad, rtol=1e-4, atol=1e-6)
         assert sum(int(e.resets) for e in found) == int(expected.resets)
+        assert sum(int(e.steps) for e in found) == int(expected.steps)
     together = jax.tree.map(lambda *xs: jnp.concatenate(xs), *halves)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, whole)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_inner_steps_are_counted_as_they_are_done(name):
+    """Where horizons vary: in whole episodes those until each one's horizon, and no upper bound."""
+    plain = linear(12)
+
+    def reset(key):
+        return plain.reset(key) | {"T": jax.random.randint(key, (), 6, 13)}
+
+    def step(theta, particle, key):
+        moved, _, _, diverged = plain.step(theta, particle, key)
+        horizon = particle["T"]  # its own meta-loss, so that the estimate tells what was drawn
+        return moved | {"T": horizon}, 1.0 * horizon, moved["t"] >= horizon, diverged
+
+    inner = Inner(reset, step, plain.theta_axes | {"T": None}, 6, 12)
+    estimator = make(name, inner, 5, particles=8)
+    estimate, _ = jax.jit(estimator.estimate)(jax.random.key(1), THETA, estimator.init(jax.random.key(0), THETA))
+    if name not in WHOLE_EPISODES:
+        assert int(estimate.steps) == estimator.inner_steps
+        return
+    copies = estimator.inner_steps // (8 * 12)
+    np.testing.assert_allclose(int(estimate.steps), copies * 8 * float(estimate.loss), rtol=1e-6)
+    assert int(estimate.steps) < estimator.inner_steps
 
 
 def test_stds_of_parts():

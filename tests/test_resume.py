@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,30 +11,43 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from lopt.pretrained import named_leaves
 from meta_train import loop
 from meta_train.checkpoint import Checkpoints, digest
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Stage
 from meta_train.estimators import REGISTRY
 
-META_STEPS = 24
+ROOT = Path(__file__).parents[1]
+META_STEPS = 200  # enough to be stopped in between even by a test that is itself held up
 ARGUMENTS = [
-    *("quickstart", "--compare", "", "--meta-steps", str(META_STEPS), "--checkpoint-every", "4", "--log-every", "1"),
+    *("quickstart", "--compare", "", "--meta-steps", str(META_STEPS), "--checkpoint-every", "10", "--log-every", "1"),
     *("--estimator.pairs", "2", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
-    *("--rule-settings", '{"hidden": 2}', "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),
+    *(
+        "--rule",
+        "nn_adam",
+        "--groups.0.family",
+        "tabular_mlp",
+        "--groups.0.settings",
+        '{"hidden": [], "batch_size": 8}',
+    ),
 ]
 
 
 def launch(*arguments: str, cwd: Path) -> subprocess.Popen:
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COMPILATION_CACHE_DIR": f"{ROOT}/.cache/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "meta_train.launch", *arguments],
         cwd=cwd,
-        env=environment,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,60 +59,89 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out
 
 
-def kill_after(process: subprocess.Popen, folder: Path, steps: int, number: int) -> tuple[int, str]:
-    """Send a signal once `steps` meta-steps are in the log."""
-    deadline = time.monotonic() + 240
-    while len(loop.read_metrics(folder)) < steps and process.poll() is None and time.monotonic() < deadline:
+def stop(process: subprocess.Popen, folder: Path, steps: int, checkpoints: int, number: int) -> tuple[int, str]:
+    """Send a signal once so many more meta-steps are in the log, and there are so many checkpoints."""
+    deadline, until = time.monotonic() + 240, len(loop.read_metrics(folder)) + steps
+
+    def early() -> bool:
+        return len(loop.read_metrics(folder)) < until or len(saved(folder)) < checkpoints
+
+    while early() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
     return finish(process)
 
 
-def theta(folder: Path) -> str:
-    return hashlib.sha256((folder / "artifact/model.safetensors").read_bytes()).hexdigest()
+def saved(folder: Path) -> list[Path]:
+    """Checkpoints that count, the newest last."""
+    steps = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    return sorted(steps, key=lambda path: int(path.name))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("whole")
-    code, out = finish(launch(*ARGUMENTS, "--out", "run", cwd=folder))
-    assert code == 0, out
-    return theta(folder / "run")
+def result(folder: Path) -> tuple[str, list[dict]]:
+    """What must not differ: weights, and the record without speeds."""
+    weights = hashlib.sha256((folder / "artifact/model.safetensors").read_bytes()).hexdigest()
+    return weights, [
+        {k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in loop.read_metrics(folder)
+    ]
+
+
+def harm_newest(folder: Path, how: str) -> str:
+    """Flip a byte of, or truncate, the largest file of the newest checkpoint; returns its step.
+
+    A flipped byte Orbax alone would restore as wrong values.
+    """
+    newest = saved(folder)[-1]
+    arrays = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 1
+    arrays.write_bytes(content[:middle] if how == "truncated" else content)
+    return newest.name
+
+
+# Signal, exit code, and when: after so many more meta-steps, with so many checkpoints. The newest of two is damaged.
+EARLY, KILL = (signal.SIGKILL, -9, 1, 0), (signal.SIGKILL, -9, 12, 2)
+TERM, INTERRUPT = (signal.SIGTERM, 143, 6, 1), (signal.SIGINT, 130, 6, 1)
+# One run meets its stops one after the other: what any of them leaves behind would show at the end. EARLY is before the
+# first checkpoint.
+STOPS = {
+    "pes": ((EARLY, INTERRUPT, TERM, KILL), "flipped"),
+    "nres": ((KILL,), "truncated"),
+    "full_backprop": ((TERM, KILL), "flipped"),
+    "full_es": ((INTERRUPT, KILL), "truncated"),
+    "truncated_backprop": ((TERM, KILL), "truncated"),
+    "truncated_es": ((INTERRUPT, KILL), "flipped"),
+}
+
+
+def test_every_estimator_is_killed():
+    assert set(STOPS) == set(REGISTRY)
+    assert all(KILL in stops for stops, _ in STOPS.values())
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "steps"),
-    [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 10), (signal.SIGKILL, -9, 9), (signal.SIGKILL, -9, 1)],
-    ids=["sigterm", "ctrl-c", "kill -9", "kill -9 before a checkpoint"],
+    "name", [n if n in ("pes", "nres") else pytest.param(n, marks=pytest.mark.slow) for n in sorted(STOPS)]
 )
-def test_resumes_bit_for_bit(tmp_path, uninterrupted, number, code, steps):
-    folder = tmp_path / "run"
-    got, out = kill_after(launch(*ARGUMENTS, "--out", "run", cwd=tmp_path), folder, steps, number)
-    assert got == code, out
-    before = loop.read_metrics(folder)
-    assert before[-1]["step"] < META_STEPS, "the run ended before it was stopped; the test shows nothing"
+def test_a_run_that_is_stopped_and_damaged_ends_in_the_same_bits(tmp_path, name):
+    arguments = [*ARGUMENTS, "--estimator.name", name]
+    got, out = finish(launch(*arguments, "--out", "whole", cwd=tmp_path))
+    assert got == 0, out
+    folder, (stops, harm) = tmp_path / "run", STOPS[name]
+    for i, (number, code, *when) in enumerate(stops):
+        command = ("resume", "run") if i else (*arguments, "--out", "run")
+        got, out = stop(launch(*command, cwd=tmp_path), folder, *when, number)
+        assert got == code, out
+        assert loop.read_metrics(folder)[-1]["step"] < META_STEPS, "the run ended before it was stopped"
+    newest = harm_newest(folder, harm)
     got, out = finish(launch("resume", "run", cwd=tmp_path))
     assert got == 0, out
-    assert theta(folder) == uninterrupted
-    assert [line["step"] for line in loop.read_metrics(folder)] == list(range(1, META_STEPS + 1))
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, uninterrupted):
-    """A flipped byte in the newest step, which Orbax alone would restore as wrong values, and a truncated file."""
-    folder = tmp_path / "run"
-    got, out = kill_after(launch(*ARGUMENTS, "--out", "run", cwd=tmp_path), folder, 18, signal.SIGTERM)
-    assert got == 143, out
-    newest = max(
-        (path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
-    )
-    arrays = max((path for path in (newest / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(arrays.read_bytes())
-    content[len(content) // 2] ^= 1
-    arrays.write_bytes(content)
-    got, out = finish(launch("resume", "run", cwd=tmp_path))
-    assert got == 0, out
-    assert f"checkpoint {newest.name} is damaged" in out
-    assert theta(folder) == uninterrupted
+    assert f"checkpoint {newest} is damaged" in out
+    assert result(folder) == result(tmp_path / "whole")
+    # The comparison could not tell if theta stood still.
+    start = loop.build(Run.from_json(json.loads((folder / "config.json").read_text()))).init().theta
+    end = load_file(folder / "artifact/model.safetensors")
+    assert all((np.asarray(x) != end[name]).any() for name, x in named_leaves(start).items())
 
 
 @pytest.mark.parametrize("name", [*REGISTRY, "pes in stages"])
@@ -132,21 +175,3 @@ def test_every_estimator_resumes_bit_for_bit(tmp_path, name):
     assert (at, remarks) == (3, [])
     assert digest(go_on(program.place(saved), at, 5)) == whole
     assert [stage.meta_step._cache_size() for stage in program.stages] == [1] * (2 if staged else 1)
-
-
-def test_meta_steps_move_theta():
-    """The comparisons above could not tell if theta stood still."""
-    run = Run(
-        name="x",
-        rule_settings={"hidden": 2},
-        groups=(Group("image_mlp", {"data": ["digits"], "hidden": [4]}),),
-        estimator=Estimator(pairs=2, truncation=5),
-        horizon=Horizon(5, 20),
-        meta_optimizer=MetaOptimizer(warmup=0),
-        meta_steps=3,
-    )
-    program = loop.build(run)
-    state = program.init()
-    before = [np.array(x) for x in jax.tree.leaves(state.theta)]
-    state, _ = program.meta_step(program.data, state)
-    assert all((x != y).any() for x, y in zip(before, jax.tree.leaves(state.theta), strict=True))
