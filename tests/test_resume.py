@@ -87,16 +87,20 @@ def result(folder: Path) -> tuple[str, list[dict]]:
 
 
 def harm_newest(folder: Path, how: str) -> str:
-    """Flip a byte of, or truncate, the largest file of the newest checkpoint; returns its step.
+    """Flip a byte of, or truncate, the arrays of the newest checkpoint; returns its step.
 
-    A flipped byte Orbax alone would restore as wrong values.
+    A flipped byte Orbax alone would restore as wrong values. It keeps a copy that it never reads: both are harmed.
     """
     newest = saved(folder)[-1]
-    arrays = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(arrays.read_bytes())
-    middle = len(content) // 2
-    content[middle] ^= 1
-    arrays.write_bytes(content[:middle] if how == "truncated" else content)
+    files = [path for path in (newest / "state").rglob("d/*") if path.is_file()]
+    size = max(path.stat().st_size for path in files)
+    for path in files:
+        if path.stat().st_size < size:
+            continue
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle] ^= 1
+        path.write_bytes(content[:middle] if how == "truncated" else content)
     return newest.name
 
 
