@@ -42,9 +42,9 @@ def report(run: cfg.Run, program: Program) -> Iterator[str]:
     yield f"{updates / took:,.0f} inner steps/s, {1 / each:.1f} meta-steps/s, over {steps} meta-steps"
     yield f"{run.meta_steps:,} meta-steps would take {span(run.meta_steps * each)}"
     if program.validate:
-        state, scores = program.validate(program.place(program.gather(state)))
+        state, scores = program.validate(state)
         jax.block_until_ready(scores)
         began = time.perf_counter()
         jax.block_until_ready(program.validate(state))
         each, times = time.perf_counter() - began, run.meta_steps // run.validation.every + 1
-        yield f"a meta-validation takes {span(each)}, {times} of them {span(each * times)}"
+        yield f"a meta-validation takes {each:.1f} s, {times} of them {span(each * times)}"

@@ -42,6 +42,33 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+class Meter:
+    """What meta-steps measured since the last line, and how fast they were."""
+
+    def __init__(self):
+        self._pending: list[dict[str, jax.Array]] = []
+        self._since = time.monotonic()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append(metrics)
+
+    def line(self) -> dict[str, float]:
+        """A line of the record; waits for the device and begins anew."""
+        line = _summary(jax.device_get(self._pending))
+        now = time.monotonic()
+        line["inner_steps_per_second"] = round(line["inner_steps"] / (now - self._since))
+        self._pending, self._since = [], now
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is none of the meta-steps'."""
+        jax.block_until_ready(self._pending)
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+
 def train(
     run: cfg.Run, program: Program, folder: Path, say: Callable[[str], None], *, profile: bool = False
 ) -> tuple[State, int]:
@@ -57,26 +84,25 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", run.identity(), program.layout) if first else None
     state, at = _restore(run, program, checkpoints, say)
     log = Log(folder, after=at) if first else None
-    pending: list[dict[str, jax.Array]] = []
-    loss, came, note, validated = float("inf"), 0, "", ""
+    validate, loss, came, notes = program.validate, float("inf"), 0, ["", ""]
     report_to = progress("meta-step", run.meta_steps, start=max(at, 0)) if first else nullcontext(lambda *_: None)
     with stop_requests() as stop, report_to as report, ExitStack() as last:
         if checkpoints and log:
             last.callback(checkpoints.close)  # also where an error ends the run: what was begun to be saved counts
             last.callback(log.close)
-        if at < 0 and program.validate:  # theta as it begins is a candidate too
-            state, scores = program.validate(state)
+        if at < 0 and validate:  # theta as it begins is a candidate too
+            state, scores = validate(state)
             if log:
                 log.write({"step": 0, **_floats(scores)})
         at = begin = max(at, 0)
-        since = time.monotonic()
+        meter = Meter()
         while at < run.meta_steps and not came:
             if profile and at - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(folder / "profile"))
             # What has no part in a meta-step is kept out of its program, whose bits it could change.
             moved, metrics = program.at(at).meta_step(program.data, state._replace(best=()))
             state = moved._replace(best=state.best)
-            pending.append(metrics)
+            meter.add(metrics)
             at += 1
             if profile and at - begin == PROFILED[1]:
                 jax.block_until_ready(state)
@@ -84,27 +110,21 @@ def train(
             line: dict[str, float] = {}
             # Waiting for the device only here keeps it busy in between.
             if at % run.log_every == 0 or at == run.meta_steps:
-                line = _summary(jax.device_get(pending))
-                now = time.monotonic()
-                speed, loss = line["inner_steps"] / (now - since), line["meta_loss"]
-                line["inner_steps_per_second"] = round(speed)
-                pending, since = [], now
-                note = f"meta-loss {_by_group(line)}  {speed:,.0f} inner steps/s  diverged {line['diverged']:.0f}"
-            if program.validate and (at % run.validation.every == 0 or at == run.meta_steps):
-                jax.block_until_ready(metrics)
-                began = time.monotonic()
-                state, scores = program.validate(state)
-                line |= _floats(scores)
-                since += time.monotonic() - began
+                line = meter.line()
+                loss, notes[0] = line["meta_loss"], _progress(line)
+            if validate and (at % run.validation.every == 0 or at == run.meta_steps):
+                with meter.paused():
+                    state, scores = validate(state)
+                    scores = _floats(scores)
+                line |= scores
+                best = f"best {scores['best_validation']:.3f} at {scores['best_step']:.0f}"
+                notes[1] = f"  validation {scores['validation']:.3f} ({best})"
             if log and line:
                 log.write({"step": at, **line})
             if "meta_loss" in line:
                 _refuse_divergence(run, at, line)
-            if "validation" in line:
-                best = f"best {line['best_validation']:.3f} at {line['best_step']:.0f}"
-                validated = f"  validation {line['validation']:.3f} ({best})"
             if line:
-                report(at, note + validated)
+                report(at, "".join(notes))
             # All processes stop at the same meta-step, whichever of them was told to.
             if not distributed.several():
                 came = stop()
@@ -168,7 +188,9 @@ def _floats(scores: dict[str, Any]) -> dict[str, float]:
     return {name: float(x) for name, x in jax.device_get(scores).items()}
 
 
-def _by_group(line: dict[str, float]) -> str:
-    """The meta-loss, and in brackets those of the groups, if there are several."""
+def _progress(line: dict[str, float]) -> str:
+    """For people: the meta-loss, in brackets those of the groups if there are several, the speed, divergences."""
     groups = [f"{x:.3f}" for name, x in line.items() if name.startswith("meta_loss/")]
-    return f"{line['meta_loss']:.3f}" + (f" ({', '.join(groups)})" if len(groups) > 1 else "")
+    each = f" ({', '.join(groups)})" if len(groups) > 1 else ""
+    speed = f"{line['inner_steps_per_second']:,} inner steps/s"
+    return f"meta-loss {line['meta_loss']:.3f}{each}  {speed}  diverged {line['diverged']:.0f}"

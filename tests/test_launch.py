@@ -172,7 +172,9 @@ def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
 def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("meta_train.dry_run.SECONDS", 0.0)
-    assert launch.main(["quickstart", *SMALL, "--meta-steps", "1000", "--dry-run"]) == 0
+    tasks = ["--validation.tasks", '[{"family": "tabular_mlp", "settings": {"hidden": []}}]']
+    tasks += ["--validation.inner-steps", "5", "--validation.every", "100"]
+    assert launch.main(["quickstart", *SMALL, *tasks, "--meta-steps", "1000", "--dry-run"]) == 0
     out = capsys.readouterr().out
     for says in (
         "group image_mlp: 310 params (",
@@ -180,6 +182,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, tmp_path, monke
         " MiB",
         " inner steps/s",
         "1,000 meta-steps would take ",
+        ", 11 of them 0:0",
     ):
         assert says in out, says
     assert not list(tmp_path.iterdir())

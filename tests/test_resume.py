@@ -72,6 +72,18 @@ def stop(process: subprocess.Popen, folder: Path, steps: int, checkpoints: int, 
     return finish(process)
 
 
+def met_all(stops, folder: Path, *arguments: str) -> bool:
+    """Begin a run, and stop and resume it time after time; False if it came to its end before."""
+    for i, (number, code, *when) in enumerate(stops):
+        command = ("resume", str(folder)) if i else (*arguments, "--out", str(folder))
+        got, out = stop(launch(*command, cwd=folder.parent), folder, *when, number)
+        if got == 0:
+            return False
+        assert got == code, out
+        assert loop.read_metrics(folder)[-1]["step"] < META_STEPS
+    return True
+
+
 def saved(folder: Path) -> list[Path]:
     """Checkpoints that count, the newest last."""
     steps = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
@@ -131,14 +143,13 @@ def test_a_run_that_is_stopped_and_damaged_ends_in_the_same_bits(tmp_path, name)
     arguments = [*ARGUMENTS, "--estimator.name", name]
     got, out = finish(launch(*arguments, "--out", "whole", cwd=tmp_path))
     assert got == 0, out
-    folder, (stops, harm) = tmp_path / "run", STOPS[name]
-    for i, (number, code, *when) in enumerate(stops):
-        command = ("resume", "run") if i else (*arguments, "--out", "run")
-        got, out = stop(launch(*command, cwd=tmp_path), folder, *when, number)
-        assert got == code, out
-        assert loop.read_metrics(folder)[-1]["step"] < META_STEPS, "the run ended before it was stopped"
+    stops, harm = STOPS[name]
+    # On a machine so busy that this process sleeps while the run goes on, the run can end before it is stopped.
+    tries = (tmp_path / f"run{i}" for i in range(3))
+    folder = next((folder for folder in tries if met_all(stops, folder, *arguments)), None)
+    assert folder, "the run always ended before it was stopped; the test shows nothing"
     newest = harm_newest(folder, harm)
-    got, out = finish(launch("resume", "run", cwd=tmp_path))
+    got, out = finish(launch("resume", str(folder), cwd=tmp_path))
     assert got == 0, out
     assert f"checkpoint {newest} is damaged" in out
     assert result(folder) == result(tmp_path / "whole")
