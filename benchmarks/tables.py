@@ -51,6 +51,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _brief(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
 def speed(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     reference = report["reference"]
     cells = []
@@ -129,9 +133,9 @@ def velo(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 size.what,
                 *(f"{n:,}" for n in numbers[:2]),
                 f"{size.total:.1e}",
-                f"{device_hours:,.0f}",
-                f"{device_hours / 24 / 256:,.1f}",
-                f"{size.meta_steps * each / 1e6:.1f}",
+                _brief(device_hours),
+                _brief(device_hours / 24 / 256),
+                _brief(size.meta_steps * each / 1e6),
             ]
         )
     header = [

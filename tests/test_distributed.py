@@ -144,10 +144,11 @@ def test_the_loss_of_a_process_ends_the_others_and_the_run_goes_on(tmp_path):
 
 def test_groups_of_their_own_programs_are_averaged_as_in_one(monkeypatch):
     """The programs of a placement, all in this process, against the one program of no placement."""
-    run = dataclasses.replace(RUN, estimator=Estimator(pairs=8, truncation=4), validation=Validation())
+    estimator = Estimator(pairs=8, truncation=4)
+    run = dataclasses.replace(RUN, groups=(GROUPS[0], GROUPS[2]), estimator=estimator, validation=Validation())
     together = loop.build(run)
     mesh, _ = program_module._devices_of(run)
-    placed = placement.Placement(((0,),) * 3, 0, 8)
+    placed = placement.Placement(((0,),) * 2, 0, 8)
     monkeypatch.setattr(program_module, "_devices_of", lambda run: (mesh, placed))
     apart = loop.build(run)
     states = [together.init(), apart.init()]

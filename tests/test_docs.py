@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -42,3 +43,30 @@ def test_the_shipped_quickstart_is_its_recipes():
     run = load("quickstart")
     assert Run.from_json(provenance["run"]) == run
     assert provenance["meta_steps"] == run.meta_steps
+
+
+def test_every_table_of_the_benchmark_has_its_place():
+    """And what was measured is written there, and nowhere else."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    row = {"pairs": 8, "truncation": 50, "params": 2410, "rule": "velo", "devices": 1, "meta_parameters": 2_320_385}
+    row |= {"inner_steps_per_second": 27_000.0, "inner_steps_per_cpu_second": 13_500.0}
+    row |= {"inner_steps_per_second_10th_90th": [26_000.0, 28_000.0]}
+    parts = {"batch": 1.0, "forward and backward": 10.0, "rule": 20.0, "whole": 37.0}
+    floor = {"pairs": 8, "peak_gflops": 50.0, "us": parts}
+    floor |= {"flops": {"forward and backward": 647_168, "rule": 701_310}}
+    floor |= {"floor_us": {"forward and backward": 12.9, "rule": 14.0}}
+    report = {"machine": "a machine", "reference": 2700.0, "speed": [row], "devices": [row, row], "velo": [row]}
+    report |= {"scaling": {"pairs": [row], "params": [row]}, "startup": {"cold": 12.0, "warm": 5.0}, "floor": floor}
+    assert set(tables.TABLES) <= set(report)
+    pages = [(ROOT / page).read_text() for page in tables.PAGES]
+    filled = [tables.fill(page, report) for page in pages]
+    for name in tables.TABLES:
+        assert sum(page.count(f"<!-- {name} -->") for page in pages) == 1, name
+        (page,) = (page for page in filled if f"<!-- {name} -->" in page)
+        assert page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].count("\n|") >= 3, name
+    assert "| 8 | 27,000 (26,000 to 28,000) | 10.0 | yes | 13,500 | 5.0 |" in filled[0]
+    # 2 x 512 x 50 x 200,000 = 1.02e10 inner steps at 27,000 a second are 105 hours.
+    assert "| `pes`, K = 50 | 200,000 | 512 | 1.0e+10 | 105 | 0.017 | 1.9 |" in filled[1]
+    assert [tables.fill(page, {"machine": ""}) for page in pages] == pages

@@ -22,7 +22,7 @@ from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Sta
 from meta_train.estimators import REGISTRY
 
 ROOT = Path(__file__).parents[1]
-META_STEPS = 200  # enough to be stopped in between even by a test that is itself held up
+META_STEPS = 120  # enough to be stopped in between even by a test that is itself held up
 ARGUMENTS = [
     *("quickstart", "--compare", "", "--meta-steps", str(META_STEPS), "--checkpoint-every", "10", "--log-every", "1"),
     *("--estimator.pairs", "2", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
