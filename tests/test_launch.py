@@ -68,7 +68,7 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--groups.0.processes", "1"], "config.groups.0.processes, got 1; valid: 0 to 0"),
         (
             ["quickstart", "--validation.tasks", '[{"family": "image_mlp", "settings": {"data": "digits"}}]'],
-            "config.validation.tasks.0, got image_mlp(digits, 32, relu, batch 64), which is in the mixture: groups.0",
+            "config.validation.tasks.0, got image_mlp(digits, 8x8, 32, relu, batch 64), which is in the mixture",
         ),
         (["quickstart", "--rule-settings", '{"hidden": "a"}'], "tiny: hidden, got 'a'; valid: int"),
         (["quickstart", "--rule-settings", '{"step_mult": NaN}'], "NaN is not a number"),
