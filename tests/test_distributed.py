@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -21,6 +23,7 @@ from meta_train import launch, loop, placement
 from meta_train import program as program_module
 from meta_train.checkpoint import digest
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Validation
+from meta_train.estimators.base import Estimate
 
 ROOT = Path(__file__).parents[1]
 # Three shapes, so three programs: two that one process holds alone, where it is said, and one that both do.
@@ -142,6 +145,42 @@ def test_the_loss_of_a_process_ends_the_others_and_the_run_goes_on(tmp_path):
     assert launch.main(["export", str(folder), "--to", str(tmp_path / "weights")]) == 0  # one process can
 
 
+def met(weights) -> tuple:
+    """What two processes of two devices bring, added up: two groups of one process each, and one of both."""
+    placed = placement.place(on(RUN).groups, 4, 2, 0, 2)
+    rng = np.random.default_rng(0)
+    theta, found, shares = {"a": jnp.zeros(3), "b": jnp.zeros(())}, {}, []
+    for process in (0, 1):
+        here = {}
+        for i in placed._replace(process=process).here:
+            grad = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), theta)
+            loss, counts = jnp.float32(rng.normal()), jnp.asarray(rng.integers(9, size=3), jnp.int32)
+            here[i] = found[i, process] = Estimate(grad, loss, *counts)
+        mine = placed._replace(process=process)
+        shares += [placement.bring(here, theta, weights, mine, jnp.asarray(lead)) for lead in (True, False)]
+    return found, placement.meet(
+        jax.tree.map(lambda *xs: jnp.concatenate(xs), *shares), weights, placed, optax.tree.norm
+    )
+
+
+def test_what_all_bring_is_the_weighted_mean():
+    weights = (0.2, 0.3, 0.5)
+    found, (grad, loss, norm, counts) = met(weights)
+    halves = found[2, 0], found[2, 1]
+    means = [found[0, 0].grad, found[1, 1].grad]
+    means.append(jax.tree.map(lambda x, y: (x + y) / 2, *(half.grad for half in halves)))
+    expected = jax.tree.map(lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *means)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grad, expected)
+    np.testing.assert_allclose(norm, [optax.tree.norm(g) for g in means], rtol=1e-5)
+    both = (halves[0].loss + halves[1].loss) / 2
+    np.testing.assert_allclose(loss, [found[0, 0].loss, found[1, 1].loss, both], rtol=1e-5)
+    steps = [found[0, 0].steps, found[1, 1].steps, halves[0].steps + halves[1].steps]
+    np.testing.assert_array_equal(counts[2], steps)
+    # Wrong weights would be seen.
+    assert abs(float(met((0.2, 0.5, 0.3))[1][0]["b"]) - float(expected["b"])) > 1e-3
+
+
+@pytest.mark.slow  # the programs of two processes are compared with those of one above
 def test_groups_of_their_own_programs_are_averaged_as_in_one(monkeypatch):
     """The programs of a placement, all in this process, against the one program of no placement."""
     estimator = Estimator(pairs=8, truncation=4)
