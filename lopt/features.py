@@ -9,16 +9,18 @@ every feature broadcasts to its tensor and none is materialised before it is use
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Array, Float
+
+    from lopt.tensor import Moved, Tensor
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
@@ -53,8 +55,8 @@ def decays(rule: str, momenta: Sequence[float], second_moment: float, factored: 
 class Factored(NamedTuple):
     """Adafactor's rsqrt preconditioners of one tensor; gradient times row times col is of order 1."""
 
-    row: Float[Array, "D *row"]
-    col: Float[Array, "D *col"] | None
+    row: Sequence[Float[Array, " *row"]]  # D of them
+    col: Sequence[Float[Array, " *col"]] | None
 
 
 def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -78,32 +80,71 @@ def init_accumulators(p: Array, decays: int, axes: tuple[int, int] | None) -> Ac
     return Accumulators(zeros(None), jnp.zeros_like(p), zeros(largest), zeros(second))
 
 
-def ema(old: Array, new: Array, decay: Array | Sequence[float]) -> Array:
-    """decay · old + (1 - decay) · new, for D decays at once."""
+def ema(old: Any, new: Array, decay: Array | Sequence[float]) -> Any:
+    """decay · old + (1 - decay) · new, for D decays at once; `old` [D, …] or a tuple of D."""
+    if isinstance(old, tuple):  # a block's, see `blocks.take`
+        return tuple(decay[i] * x + (1 - decay[i]) * new for i, x in enumerate(old))
     d = jnp.asarray(decay).reshape((-1,) + (1,) * new.ndim).astype(new.dtype)
     return d * old + (1 - d) * new[None]
 
 
-def accumulate(acc: Accumulators, g: Array, axes: tuple[int, int] | None, decays: Decays) -> Accumulators:
+class Rows(NamedTuple):
+    """The factored averages of a tensor after a step; they are needed whole before its elements are looked at."""
+
+    row: Float[Array, "D *row"]
+    col: Float[Array, "D *col"]
+    mean: Float[Array, "D *mean"]  # of row over the second largest axis
+
+
+def rows(tensor: Tensor, axes: tuple[int, int] | None, decays: Decays) -> Rows | None:
+    """The new factored averages; None below rank 2, where they are not factored."""
+    if axes is None:
+        return None
+    second, largest = axes
+
+    def means(g, p, acc, _):
+        floored = g * g + 1e-30
+        return [jnp.mean(floored, axis=axis, keepdims=True) for axis in (largest, second)]
+
+    row, col = tensor.means(means, axes=[(largest,), (second,)])
+    row, col = ema(tensor.state.row, row, decays.factored), ema(tensor.state.col, col, decays.factored)
+    return Rows(row, col, tensor.pooled(jnp.mean(row, axis=1 + second, keepdims=True), (second,)))
+
+
+def accumulate(acc: Accumulators, g: Array, rows: Rows | None, decays: Decays) -> Accumulators:
     """One step of every moving average.
 
     Args:
       acc: the averages so far.
       g: gradient of the tensor, rank >= 1.
-      axes: `factored_axes` of its shape.
+      rows: the new factored averages, or None below rank 2.
       decays: of the averages.
     """
     m, v, factored = decays
     square = g * g
     second_moment = v * acc.v + (1 - v) * square
-    floored = square + 1e-30
-    if axes is None:
-        return Accumulators(ema(acc.m, g, m), second_moment, ema(acc.row, floored, factored), None)
-    second, largest = axes
-    assert acc.col is not None
-    row = ema(acc.row, jnp.mean(floored, axis=largest, keepdims=True), factored)
-    col = ema(acc.col, jnp.mean(floored, axis=second, keepdims=True), factored)
-    return Accumulators(ema(acc.m, g, m), second_moment, row, col)
+    if rows is None:
+        return Accumulators(ema(acc.m, g, m), second_moment, ema(acc.row, square + 1e-30, factored), None)
+    return Accumulators(ema(acc.m, g, m), second_moment, rows.row, rows.col)
+
+
+def move(
+    tensor: Tensor,
+    f: Callable[..., tuple[Array, Accumulators]],
+    rows: Rows | None,
+    then: Callable[[Array], Array] | None = None,
+) -> tuple[Moved, Accumulators]:
+    """`Tensor.move` for a state of accumulators, f: `(g, p, acc, rows) -> (direction, acc)`."""
+    if rows is None:
+        return tensor.move(f, tensor.state, None, then)
+    acc, factored = tensor.state, {"row": None, "col": None}
+
+    def block(g, p, large, rows):
+        direction, new = f(g, p, large, rows)
+        return direction, new._replace(**factored)
+
+    moved, large = tensor.move(block, acc._replace(**factored), rows, then)
+    return moved, large._replace(row=tensor.keep(rows.row, acc.row), col=tensor.keep(rows.col, acc.col))
 
 
 def safe_rsqrt(x: Array) -> Array:
@@ -116,18 +157,16 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def factors(acc: Accumulators, axes: tuple[int, int] | None) -> Factored:
-    """rsqrt(row / mean row) and rsqrt(col); rank < 2: rsqrt of the full average."""
-    if axes is None:
-        return Factored(safe_rsqrt(acc.row + 1e-9), None)
-    assert acc.col is not None
-    row_mean = jnp.mean(acc.row, axis=1 + axes[0], keepdims=True)
-    return Factored(safe_rsqrt(acc.row / (row_mean + 1e-9)), safe_rsqrt(acc.col))
+def factors(acc: Accumulators, mean: Array | None) -> Factored:
+    """rsqrt(row / mean row) and rsqrt(col); rank < 2 (mean is None): rsqrt of the full average."""
+    if acc.col is None or mean is None:
+        return Factored([safe_rsqrt(row + 1e-9) for row in acc.row], None)
+    return Factored(list(safe_rsqrt(acc.row / (mean + 1e-9))), list(safe_rsqrt(acc.col)))
 
 
 def factored_gradient(g: Array, f: Factored) -> list[Array]:
     """The gradient preconditioned with each of the D factored averages."""
-    return [g * f.row[i] if f.col is None else g * f.row[i] * f.col[i] for i in range(f.row.shape[0])]
+    return [g * f.row[i] if f.col is None else g * f.row[i] * f.col[i] for i in range(len(f.row))]
 
 
 def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
@@ -147,12 +186,28 @@ def time_features(count: Array) -> Float[Array, " 11"]:
     return jnp.tanh(count.astype(jnp.float32) / jnp.asarray(TIME_SCALES, jnp.float32) - 1)
 
 
-def rms_scales(features: Sequence[Array], eps: float, axes: tuple[int, ...] | None = None) -> list[Array]:
+def rms_scales(
+    tensor: Tensor,
+    f: Callable[..., Sequence[Array]],
+    rows: Rows | None,
+    eps: float,
+    axes: tuple[int, ...] | None = None,
+) -> list[Array]:
     """1/sqrt(mean x² + eps) of each feature over `axes` (None: the whole tensor), kept as length-1 axes.
 
-    A factored feature is averaged over its own few elements: broadcasting does not change a mean.
+    Args:
+      tensor: whose features they are.
+      f: `(g, p, acc, rows) -> features`, of blocks.
+      rows: see `Rows`.
+      eps: added to the mean.
+      axes: reduced ones.
     """
-    return [jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) for x in features]
+    axes = tuple(range(len(tensor.leaf.shape))) if axes is None else axes
+    means = tensor.mean_squares(f, rows, axes)
+    if any(x.size > 1 for x in means):
+        return [jax.lax.rsqrt(x + eps) for x in means]
+    together = jax.lax.rsqrt(jnp.concatenate([x.reshape(1) for x in means]) + eps)  # one kernel, not thirty
+    return [x.reshape(mean.shape) for x, mean in zip(together, means, strict=True)]
 
 
 class Layer(NamedTuple):
@@ -191,7 +246,11 @@ SCALAR_WIDTH = 8  # hidden widths up to here are computed as scalars × tensors,
 
 
 def mlp(
-    layers: Sequence[Layer], features: Sequence[Array], shape: tuple[int, ...], constant: Array | None
+    layers: Sequence[Layer],
+    features: Sequence[Array],
+    scales: Sequence[Array] | None,
+    shape: tuple[int, ...],
+    constant: Array | None,
 ) -> list[Array]:
     """Apply a ReLU network to every element of a tensor.
 
@@ -199,6 +258,7 @@ def mlp(
       layers: the network; the first rows of its first weight matrix belong to `features`, the others to
         `constant`.
       features: F arrays, each broadcastable to `shape`.
+      scales: of each feature, or None for 1.
       shape: of the tensor.
       constant: [C] inputs that are the same for every element, or None.
 
@@ -208,13 +268,31 @@ def mlp(
     first, *rest = layers
     n = len(features)
     bias = first.b if constant is None else first.b + constant @ first.w[n:]
-    if first.b.shape[0] <= SCALAR_WIDTH:
-        return _scalar_mlp(first.w[:n], bias, rest, features, shape)
-    stacked = jnp.stack([jnp.broadcast_to(x, shape).reshape(-1) for x in features])  # [F, elements]
-    h = first.w[:n].T @ stacked + bias[:, None]
-    for layer in rest:
-        h = layer.w.T @ jax.nn.relu(h) + layer.b[:, None]
+    w = first.w[:n]
+    if scales is not None and all(s.size == 1 for s in scales):
+        # Into the weights, in one array: a loop that reads a hundred scalars from as many places is not vectorised.
+        w = w * jnp.stack([s.reshape(()) for s in scales])[:, None]
+    elif scales is not None:
+        features = [x * s for x, s in zip(features, scales, strict=True)]
+    if bias.shape[0] <= SCALAR_WIDTH:
+        return _scalar_mlp(w, bias, rest, features, shape)
+    features = [*features, jnp.ones((1,) * len(shape), features[0].dtype)]
+    h = jnp.stack([jnp.broadcast_to(x, shape).reshape(-1) for x in features])  # [F + 1, elements]
+    for i, layer in enumerate([Layer(w, bias), *rest]):
+        h = _with_unit(layer, last=i == len(rest)).T @ (jax.nn.relu(h) if i else h)
     return [x.reshape(shape) for x in h]
+
+
+def _with_unit(layer: Layer, last: bool) -> Array:
+    """[fan_in + 1, fan_out + 1] a layer whose bias belongs to an input that is 1 and is handed on, but by the last.
+
+    XLA takes a bias that is broadcast inside a loop out of it, and keeps [fan_out, elements] for each.
+    """
+    w = jnp.concatenate([layer.w, layer.b[None]])
+    if last:
+        return w
+    one = jnp.zeros((w.shape[0], 1), w.dtype).at[-1].set(1.0)
+    return jnp.concatenate([w, one], axis=1)
 
 
 def _scalar_mlp(w, bias, rest, features, shape) -> list[Array]:

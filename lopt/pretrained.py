@@ -92,6 +92,9 @@ def load(
     multipliers: Any = None,
     nonfinite: Any = "skip_leaf",
     diagnostics: bool = True,
+    mesh: Any = None,
+    specs: Any = None,
+    accumulators: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """A pretrained optimizer as an optax transform.
 
@@ -105,6 +108,9 @@ def load(
       multipliers: tree like params of factors of each tensor's direction.
       nonfinite: what a bad gradient skips: "skip_leaf", "skip_tree" or nothing ("propagate").
       diagnostics: keep the root mean square of the last update by label in the state.
+      mesh: of sharded parameters, each device then updates its part; or None.
+      specs: tree like params of `PartitionSpec`s, with `mesh`.
+      accumulators: "float32", or "bfloat16" for half the state.
 
     Raises:
       ValueError: if the name is unknown, a file is missing or damaged, or an argument is wrong.
@@ -127,6 +133,9 @@ def load(
         multipliers=multipliers,
         nonfinite=nonfinite,
         diagnostics=diagnostics,
+        mesh=mesh,
+        specs=specs,
+        accumulators=accumulators,
     )
 
 

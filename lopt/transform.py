@@ -1,6 +1,6 @@
 """From per-tensor arithmetic to an optax transform: what every rule shares and no rule repeats.
 
-A rule is written on a list of float leaves of rank >= 1. This file turns it into a
+A rule is written on a tensor of rank >= 1 (`lopt.tensor`). This file turns it into a
 `optax.GradientTransformationExtraArgs`: None and masked leaves pass through, scalars act as shape (1,),
 low-precision parameters are computed in float32, a non-finite gradient skips its leaf, and `lr`,
 `weight_decay` and `schedule` mean the same for each rule: u = -lr · schedule(t) · (direction + weight_decay · p).
@@ -8,7 +8,9 @@ low-precision parameters are computed in float32, a non-finite gradient skips it
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt import explicit
+from lopt import explicit, precision, sharded
 from lopt.base import LearnedOptimizer, unknown
+from lopt.tensor import Given, Group, Leaf, Moved, Step, Tensor, groups
 
 Schedule = Callable[[jax.Array, Any], Any]
 Labels = Callable[[str, Any], str | Iterable[str] | None] | None
@@ -27,19 +30,6 @@ Nonfinite = Literal["skip_leaf", "skip_tree", "propagate"]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 NONFINITE = ("skip_leaf", "skip_tree", "propagate")
 LABELS = ("embedding", "output", "no_decay", "freeze")
-
-
-class Leaf(NamedTuple):
-    """What is known of a parameter tensor before it is traced."""
-
-    path: str  # "/"-joined key path, e.g. "layer0/w"
-    shape: tuple[int, ...]  # scalars are (1,)
-    labels: frozenset[str]
-
-    @property
-    def group(self) -> str:
-        """Its labels joined by "+", or "matrix" or "vector" by its rank."""
-        return "+".join(sorted(self.labels)) or ("matrix" if len(self.shape) > 1 else "vector")
 
 
 class Told(NamedTuple):
@@ -51,7 +41,7 @@ class Told(NamedTuple):
 
 
 class State(NamedTuple):
-    """Optimizer state; every array is float32 (float64 for float64 parameters) but the counters."""
+    """Optimizer state; float32 (float64 for float64 parameters) but for counters and bfloat16 `accumulators`."""
 
     count: jax.Array  # () int32, updates so far
     skipped: jax.Array  # () int32, leaf updates skipped because their gradient was not finite
@@ -60,32 +50,31 @@ class State(NamedTuple):
     update_rms: Any  # dict of () root mean squares of the last update, by label (see `Leaf.group`)
 
 
+def each_alone(together: list[Group], shared: Any, told: Told) -> tuple[Any, list[Any], Any]:
+    """`Arithmetic.prepare` of a rule that looks at one tensor at a time."""
+    return told, [()] * len(together), shared
+
+
 class Arithmetic(NamedTuple):
-    """A rule on lists of leaves.
+    """A rule; parameters move along minus the direction.
 
     init_leaf: `(Leaf, p) -> state of the tensor`.
-    update: `(leaves, grads, states, params, shared, told) -> (directions, states, shared)`; parameters move
-      along minus the direction.
+    update: `(Tensor, (theta, common), own) -> (Moved, state)` of a tensor. Nothing traced may be closed over.
+    theta: what `update` is given of the meta-parameters.
+    prepare: `(groups, shared, told) -> (common, own, shared)`: what comes before, across tensors; `own` of each group,
+      with an axis over its tensors.
     init_shared: `leaves -> state across tensors`.
     clean: `gradient -> gradient`, before it is asked whether it is finite.
     decay: `(Leaf, weight_decay) -> weight decay of the tensor`, what `bind` was given unless an original has its own.
     """
 
     init_leaf: Callable[[Leaf, jax.Array], Any]
-    update: Callable[..., tuple[list[Any], list[Any], Any]]
+    update: Callable[[Tensor, Any, Any], tuple[Moved, Any]]
+    theta: Any
+    prepare: Callable[[list[Group], Any, Told], tuple[Any, list[Any], Any]] = each_alone
     init_shared: Callable[[list[Leaf]], Any] = lambda leaves: ()
     clean: Callable[[jax.Array], jax.Array] = lambda g: g
     decay: Callable[[Leaf, Any], Any] = lambda leaf, weight_decay: weight_decay
-
-
-def per_leaf(update_leaf: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[list[Any], list[Any], Any]]:
-    """Lift `(leaf, g, state, p, told) -> (direction, state)` to the list form of `Arithmetic.update`."""
-
-    def update(leaves, grads, states, params, shared, told):
-        out = [update_leaf(*xs, told) for xs in zip(leaves, grads, states, params, strict=True)]
-        return [direction for direction, _ in out], [state for _, state in out], shared
-
-    return update
 
 
 def constant(count, num_steps):
@@ -140,6 +129,9 @@ def define(
         multipliers: Any = None,
         nonfinite: Nonfinite = "skip_leaf",
         diagnostics: bool = True,
+        mesh: Any = None,
+        specs: Any = None,
+        accumulators: str = "float32",
     ) -> optax.GradientTransformationExtraArgs:
         return as_optax(
             name,
@@ -154,6 +146,9 @@ def define(
             multipliers=multipliers,
             nonfinite=nonfinite,
             diagnostics=diagnostics,
+            mesh=mesh,
+            specs=specs,
+            accumulators=accumulators,
             decay_after=decay_after,
         )
 
@@ -174,6 +169,9 @@ def as_optax(
     multipliers: Any,
     nonfinite: Nonfinite,
     diagnostics: bool,
+    mesh: Any,
+    specs: Any,
+    accumulators: str,
     decay_after: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Make the optax transform of a rule whose theta is bound.
@@ -194,6 +192,11 @@ def as_optax(
         the "skip_tree", or nothing ("propagate": the rule sees it). For a rule that needs the loss, one that is not
         finite skips the whole step.
       diagnostics: keep `State.update_rms`.
+      mesh: `jax.sharding.Mesh` of the parameters, or None. With it each device updates its part of every tensor, and no
+        more than means cross the network (but for Newton–Schulz, which gathers its matrices). Without it sharded
+        parameters are updated to the same result, more slowly.
+      specs: tree like params of `PartitionSpec`s (None: replicated), with `mesh`.
+      accumulators: "float32", or "bfloat16" for half the state of tensors of rank >= 2, rounded stochastically.
       decay_after: see `define`.
 
     Raises:
@@ -201,6 +204,10 @@ def as_optax(
     """
     where = f"lopt.rules.{name}"
     _check(where, needs, num_steps, lr, weight_decay, schedule, labels, nonfinite)
+    if (mesh is None) != (specs is None):
+        raise ValueError(f"{where}: mesh, got {mesh!r} with specs {specs!r}; valid: both or neither.")
+    if accumulators not in precision.ACCUMULATORS:
+        raise unknown(where, "accumulators", accumulators, precision.ACCUMULATORS)
     unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
     def describe(params) -> list[Leaf | None]:
@@ -208,70 +215,99 @@ def as_optax(
         return [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
 
     def init(params) -> State:
-        return _explicit(start, params, None, theta, params)
+        if mesh is None:
+            return _explicit(start, params, None, theta, params)
+        state = start(theta, params)
+        return sharded.place(mesh, state_specs(params, state), state)
+
+    def state_specs(params, state) -> State:
+        flat = sharded.flat_specs(where, mesh, specs, params)
+        return sharded.replicated(state)._replace(leaves=sharded.specs_like(flat, params, state.leaves))
+
+    def stored(state, p):
+        """The state of a tensor in the precision it is kept in."""
+
+        def one(x: jax.Array) -> jax.Array:
+            large = x.shape[x.ndim - jnp.ndim(p) :] == jnp.shape(p) and x.dtype == jnp.float32
+            return x.astype(accumulators) if large else x
+
+        return jax.tree.map(one, state) if jnp.ndim(p) > 1 else state
 
     def start(theta, params) -> State:
         rule = arithmetic(theta)
         leaves, treedef = jax.tree.flatten(params)
         about = describe(params)
-        states = [None if a is None else rule.init_leaf(a, _wide(p)) for a, p in zip(about, leaves, strict=True)]
+        states = [
+            None if a is None else stored(rule.init_leaf(a, _wide(p)), p) for a, p in zip(about, leaves, strict=True)
+        ]
         live = [a for a in about if a is not None]
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
         zero = jnp.zeros((), jnp.int32)
         return _apart(State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms))
 
-    def step_of(p, direction, rate, factor, decay):
-        """-rate · (factor · direction + decay · p)."""
-        step = -rate * factor * direction
+    def step_of(leaf: Leaf, rate: Any, count: jax.Array, rule: Arithmetic, weight_decay: Any) -> Step:
+        decay = 0 if "no_decay" in leaf.labels else rule.decay(leaf, weight_decay)
         if isinstance(decay, numbers.Number) and decay == 0:
-            return step
-        moved, scale = (p + step, factor) if decay_after else (p, 1.0)
-        return step - rate * scale * decay * moved
+            decay = None
+        return Step(rate, count, decay_moved=decay) if decay_after else Step(rate, count, decay)
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args  # optax's convention: a transform ignores what it does not need
         told = Told(state.count, num_steps, _loss(where, needs, params, value))
         factors = _factors(where, params, multipliers)
-        return _explicit(apply, params, state, theta, (lr, weight_decay, factors), told, updates, state, params)
+        whole = describe(params)
+        if mesh is None:
+            apply = functools.partial(step, whole)
+            return _explicit(apply, params, state, theta, (lr, weight_decay, factors), told, updates, state, params)
+        flat = sharded.flat_specs(where, mesh, specs, params)
+        parts = [a and a._replace(axes=sharded.names(spec, len(a.shape))) for a, spec in zip(whole, flat, strict=True)]
+        own = jax.tree.structure(params).unflatten(flat), state_specs(params, state)
+        like = sharded.specs_like(flat, params, updates), own[1], own[0]
+        bound, arrays = _arrays_apart((theta, (lr, weight_decay, factors), told))
 
-    def apply(theta, hyper, told, updates, state, params):
+        def run(arrays, updates, state, params):
+            theta, hyper, told = bound(arrays)
+            return step(parts, theta, hyper, told, updates, state, params)
+
+        in_specs = (sharded.replicated(arrays), *like)
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=own, check_vma=False)
+        return mapped(arrays, updates, state, params)
+
+    def step(about, theta, hyper, told, updates, state, params):
         (lr, weight_decay, factors), rule = hyper, arithmetic(theta)
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
-        live = {i: a for i, a in enumerate(describe(params)) if a is not None}
+        live = {i: a for i, a in enumerate(about) if a is not None}
+        rate = lr * unit_schedule(state.count, told.num_steps)
+
+        given = [Given(g_leaves[i], p_leaves[i], states[i], factors[i]) for i in live]
         leaves = list(live.values())
-        p, g, s = [_wide(p_leaves[i]) for i in live], [g_leaves[i] for i in live], [states[i] for i in live]
-        # A tensor without a gradient stays where it is, but a rule across tensors still sees all of them.
-        missing = [x is None for x in g]
-        g = [jnp.zeros_like(y) if x is None else _wide(x).astype(y.dtype) for x, y in zip(g, p, strict=True)]
-        g = [rule.clean(x) for x in g]
-        ok = _finite(g, nonfinite)
+        together = groups(leaves, given, lambda leaf: step_of(leaf, rate, state.count, rule, weight_decay), rule.clean)
+        ok = _finite(together, nonfinite)
         if ok is not None:
-            ok, g, told = _without_nonfinite(ok, g, told)
-        directions, new_s, shared = [], [], state.shared
-        if leaves:
-            directions, new_s, shared = rule.update(leaves, g, s, p, state.shared, told)
+            ok, told = _with_loss(ok, told)
+            together = [group.where(k) for group, k in zip(together, ok, strict=True)]
+        results, shared = [], state.shared
+        if together:
+            common, own, shared = rule.prepare(together, state.shared, told)
+            results = [
+                group.update(rule.update, (rule.theta, common), x) for group, x in zip(together, own, strict=True)
+            ]
         count, skipped = state.count + 1, state.skipped
         shared = jax.tree.map(lambda n, o: n.astype(o.dtype), shared, state.shared)
-        if ok is not None:
+        if ok:
             # A step that every tensor skips did not happen: neither clock nor shared state moves on.
-            happened = jnp.any(jnp.stack(ok))
-            shared = _select(happened, shared, state.shared)
-            new_s = [_select(*xs) for xs in zip(ok, new_s, s, strict=True)]
+            every = jnp.concatenate(ok)
+            happened = jnp.any(every)
+            shared = jax.tree.map(lambda n, o: jnp.where(happened, n, o), shared, state.shared)
             count = state.count + happened.astype(jnp.int32)
-            skipped = skipped + sum((1 - k.astype(jnp.int32) for k in ok), jnp.zeros((), jnp.int32))
-        rate = lr * unit_schedule(state.count, told.num_steps)
-        out, steps = [_nothing(x) for x in p_leaves], []
-        for j, i in enumerate(live):
-            if missing[j]:
-                steps.append(jnp.zeros_like(p[j]))
-                continue
-            decay = 0 if "no_decay" in leaves[j].labels else rule.decay(leaves[j], weight_decay)
-            step = step_of(p[j], directions[j], rate, factors[i], decay)
-            steps.append(step if ok is None else jnp.where(ok[j], step, 0.0))
-            out[i] = steps[j].reshape(out[i].shape).astype(out[i].dtype)
-            states[i] = new_s[j]
-        rms = _rms_by_group(leaves, steps) if diagnostics else None
+            skipped = skipped + jnp.sum(~every, dtype=jnp.int32)
+        out, places = [None if i in live else _nothing(x) for i, x in enumerate(p_leaves)], list(live)
+        for group, (moved, _) in zip(together, results, strict=True):
+            for j, (u, new) in zip(group.indices, moved, strict=True):
+                i = places[j]
+                out[i], states[i] = u.reshape(jnp.shape(p_leaves[i])), new
+        rms = _rms_by_group(together, [squares for _, squares in results]) if diagnostics else None
         return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -288,12 +324,10 @@ def _explicit(f: Callable[..., Any], params: Any, state: State | None, *args: An
     mesh = explicit.mesh_of(params)
     if mesh is None:
         return f(*args)
-    # Python's numbers stay what they are; arrays must be arguments, for what f closes over keeps explicit axes.
-    leaves, treedef = jax.tree.flatten(args)
-    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    rebuilt, arrays = _arrays_apart(args)
 
     def with_arrays(given: dict[int, Any]) -> Any:
-        return f(*treedef.unflatten([given.get(i, x) for i, x in enumerate(leaves)]))
+        return f(*rebuilt(given))
 
     like = state
     if like is None:
@@ -308,11 +342,21 @@ def _explicit(f: Callable[..., Any], params: Any, state: State | None, *args: An
     return jax.sharding.auto_axes(anchored, out_sharding=out)(arrays)
 
 
+def _arrays_apart(tree: Any) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
+    """What gives the tree back for its arrays, and these.
+
+    Python's numbers stay what they are; arrays must be arguments, for what a function closes over keeps explicit axes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    return lambda given: treedef.unflatten([given.get(i, x) for i, x in enumerate(leaves)]), arrays
+
+
 def _factors(where: str, params: Any, multipliers: Any) -> list[Any]:
     """One a leaf of the parameters, by path: inside `optax.masked` these are fewer than the multipliers."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if multipliers is None:
-        return [1.0] * len(paths)
+        return [None] * len(paths)
     by_path = dict(jax.tree_util.tree_leaves_with_path(multipliers))
     for path in paths:
         if path not in by_path:
@@ -390,25 +434,22 @@ def _loss(where: str, needs: frozenset[str], params, value) -> jax.Array | None:
     return jnp.asarray(value, jnp.float32)
 
 
-def _without_nonfinite(ok: list[jax.Array], g: list[jax.Array], told: Told):
-    """Zeros where a tensor is to be skipped; a loss that is not finite would stay in a rule's averages: skip all."""
-    if told.value is not None:
-        known = jnp.isfinite(told.value)
-        ok, told = [k & known for k in ok], told._replace(value=jnp.where(known, told.value, 0.0))
-    return ok, [jnp.where(k, x, 0.0) for k, x in zip(ok, g, strict=True)], told
+def _with_loss(ok: list[jax.Array], told: Told) -> tuple[list[jax.Array], Told]:
+    """A loss that is not finite would stay in a rule's averages: it skips all."""
+    if told.value is None:
+        return ok, told
+    known = jnp.isfinite(told.value)
+    return [k & known for k in ok], told._replace(value=jnp.where(known, told.value, 0.0))
 
 
-def _select(keep: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)
-
-
-def _rms_by_group(leaves: list[Leaf], steps: list[jax.Array]) -> dict[str, jax.Array]:
-    """Root mean square of the steps of each group of leaves."""
+def _rms_by_group(together: list[Group], mean_squares: list[jax.Array]) -> dict[str, jax.Array]:
+    """Root mean square of the updates of each group of labels."""
     sums: dict[str, list[Any]] = {}
-    for leaf, step in zip(leaves, steps, strict=True):
-        total = sums.setdefault(leaf.group, [jnp.zeros((), jnp.float32), 0])
-        total[0] = total[0] + jnp.sum(jnp.square(step.astype(jnp.float32)))
-        total[1] += step.size
+    for group, squares in zip(together, mean_squares, strict=True):
+        size = math.prod(group.leaf.shape)
+        total = sums.setdefault(group.leaf.group, [jnp.zeros((), jnp.float32), 0])
+        total[0] = total[0] + jnp.sum(squares) * size
+        total[1] += size * group.size
     return {group: jnp.sqrt(total / size) for group, (total, size) in sums.items()}
 
 
@@ -418,13 +459,17 @@ def _wide(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape or (1,))
 
 
-def _finite(grads: list[jax.Array], nonfinite: Nonfinite) -> list[jax.Array] | None:
-    """() bool a leaf: may it be updated? None: do not ask."""
-    if nonfinite == "propagate" or not grads:
+def _finite(together: list[Group], nonfinite: Nonfinite) -> list[jax.Array] | None:
+    """[tensors] bool a group: may they be updated? None: do not ask."""
+    if nonfinite == "propagate":
         return None
     # Of the sum of squares: one that overflows poisons means of squares in the state as much as a NaN does.
-    ok = [jnp.isfinite(jnp.sum(g * g)) for g in grads]
-    return ok if nonfinite == "skip_leaf" else [jnp.all(jnp.stack(ok))] * len(ok)
+    squares = [group.each(sum_of_squares) for group in together]
+    ok = [jnp.isfinite(x) for x in squares]
+    if nonfinite == "skip_leaf" or not ok:
+        return ok
+    all_ok = jnp.all(jnp.concatenate(ok))
+    return [jnp.broadcast_to(all_ok, (group.size,)) for group in together]
 
 
 def _describe(where: str, path: Any, p: Any, labels: Any) -> Leaf | None:
@@ -446,7 +491,14 @@ def _describe(where: str, path: Any, p: Any, labels: Any) -> Leaf | None:
     return Leaf(name, jnp.shape(p) or (1,), got) if jnp.size(p) else None
 
 
-def clip_global_norm(grads: list[jax.Array], max_norm: float) -> list[jax.Array]:
-    """Scale all gradients so that their joint L2 norm is at most max_norm."""
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
-    return [g * (max_norm / jnp.maximum(norm, max_norm)) for g in grads]
+def sum_of_squares(tensor: Tensor) -> jax.Array:
+    """() of the gradient."""
+    return tensor.means(lambda g, *_: jnp.mean(g * g)) * math.prod(tensor.leaf.shape)
+
+
+def clip_scale(together: list[Group], max_norm: float | None) -> jax.Array | float:
+    """() the factor that makes the joint L2 norm of the gradients at most max_norm (None: whatever it is)."""
+    if max_norm is None:
+        return 1.0
+    total = sum(jnp.sum(group.each(sum_of_squares)) for group in together)
+    return max_norm / jnp.maximum(jnp.sqrt(total), max_norm)

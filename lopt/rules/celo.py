@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
@@ -66,31 +67,23 @@ def celo(
         return F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
 
     def init_shared(leaves):
-        zeros = jnp.zeros((len(leaves), lstm_hidden), jnp.float32)
-        return V.Shared(zeros, zeros, V.init_loss_features())
+        return V.init_mixed(len(leaves), lstm_hidden)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        layers = [F.Layer(layer.w[0], layer.b[0]) for layer in theta.bank]
-
-        def update(leaves, grads, states, params, shared, told):
+        def prepare(groups, shared, told):
             loss, loss_features = V.update_loss_features(shared.loss, told.value, told.num_steps)
             x = jnp.concatenate([V.time_left(told), loss_features])
-            x = jnp.broadcast_to(x[None, :], (len(leaves), CONTEXT))
+            x = jnp.broadcast_to(x[None, :], (len(shared.hidden), CONTEXT))
             _, log_size, mixed = V.mix(theta.mixer, x, shared, told.count == 0)
-            size = 0.1 * jnp.exp(log_size) if scheduler else jnp.ones(len(leaves), jnp.float32)
-            directions, accs = V.update_all(
-                grads,
-                states,
-                params,
-                axes=[F.factored_axes(leaf.shape) for leaf in leaves],
-                networks=[layers] * len(leaves),
-                sizes=step_mult * size,
-                decays=decays,
-                exp_mult=exp_mult,
-            )
-            return directions, accs, mixed._replace(loss=loss)
+            size = 0.1 * jnp.exp(log_size) if scheduler else jnp.ones_like(log_size)
+            return None, [step_mult * size[np.array(group.indices)] for group in groups], mixed._replace(loss=loss)
 
-        return Arithmetic(init_leaf, update, init_shared)
+        def update(tensor, common, size):
+            layers = [F.Layer(layer.w[0], layer.b[0]) for layer in common[0]]
+            axes = F.factored_axes(tensor.leaf.shape)
+            return V.per_parameter(tensor, layers, V.mean_square_of(tensor), size, axes, decays, exp_mult)
+
+        return Arithmetic(init_leaf, update, theta.bank, prepare, init_shared)
 
     settings = {
         "lstm_hidden": lstm_hidden,

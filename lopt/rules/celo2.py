@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
-from lopt.transform import Arithmetic, Leaf, clip_global_norm, define, per_leaf
+from lopt.tensor import Leaf, Tensor
+from lopt.transform import Arithmetic, clip_scale, define
 
 INPUTS, UNFACTORED_INPUTS = 30, 15
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -32,12 +33,10 @@ class Adam(NamedTuple):
     v: jax.Array  # like the tensor; EMA of the squared gradient
 
 
-def inputs(
-    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, eps: float
-) -> list[jax.Array]:
+def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None, eps: float) -> list[jax.Array]:
     """VeLO's 30 inputs before normalisation. Tensors of rank 1 have no factors: full averages stand for both."""
     inv = jax.lax.rsqrt(acc.v + eps)
-    f = F.factors(acc, axes)
+    f = F.factors(acc, None if rows is None else rows.mean)
     xs = [g, jnp.clip(g, -0.1, 0.1), p, *acc.m, acc.v, *(m * inv for m in acc.m), inv]
     xs += [*F.factored_gradient(g, f), g * inv]
     row = list(acc.row)
@@ -124,36 +123,46 @@ def celo2(
             return Adam(jnp.zeros_like(p), jnp.zeros_like(p))
         return F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
 
-    def adam_direction(g, state, count):
-        t = (count + 1).astype(g.dtype)
-        state = Adam(adam_b1 * state.m + (1 - adam_b1) * g, adam_b2 * state.v + (1 - adam_b2) * g * g)
-        m_hat, v_hat = state.m / (1 - adam_b1**t), state.v / (1 - adam_b2**t)
-        return adam_lr_mult * m_hat / (F.safe_sqrt(v_hat) + 1e-8), state
+    def adam_step(tensor: Tensor, count: jax.Array):
+        def direction(g, p, state, _):
+            t = (count + 1).astype(g.dtype)
+            state = Adam(adam_b1 * state.m + (1 - adam_b1) * g, adam_b2 * state.v + (1 - adam_b2) * g * g)
+            m_hat, v_hat = state.m / (1 - adam_b1**t), state.v / (1 - adam_b2**t)
+            return adam_lr_mult * m_hat / (F.safe_sqrt(v_hat) + 1e-8), state
+
+        return tensor.move(direction, tensor.state)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        def update_leaf(leaf, g, state, p, told):
-            if under_adam(leaf):
-                return adam_direction(g, state, told.count)
-            axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(state, g, axes, decays)
-            last_two = tuple(range(max(0, g.ndim - 2), g.ndim))
-            xs = inputs(acc, g, p, axes, rsqrt_eps)[: INPUTS if g.ndim >= 2 else UNFACTORED_INPUTS]
-            xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-9, last_two), strict=True)]
-            direction, magnitude, _ = F.mlp(theta.mlp, xs, g.shape, None)
-            direction = direction * jnp.exp(magnitude * exp_mult)
-            if param_scale:
-                direction = direction * jnp.sqrt(jnp.mean(p * p) + 1e-9)
-            if newton_schulz and g.ndim >= 2:
-                direction = orthogonalize(direction)
-            return direction * F.rms_scales([direction], 1e-9, last_two)[0] * rms_mult, acc
 
-        each = per_leaf(update_leaf)
+        def prepare(groups, shared, told):
+            return (told, clip_scale(groups, clip_norm)), [()] * len(groups), shared
 
-        def update(leaves, grads, states, params, shared, told):
-            if clip_norm is not None:
-                grads = clip_global_norm(grads, clip_norm)
-            grads = [jnp.clip(g, -1000.0, 1000.0) for g in grads]
-            return each(leaves, grads, states, params, shared, told)
+        def update(tensor, common, own):
+            theta, (told, scale) = common
+            tensor = tensor.changed(lambda g: jnp.clip(g * scale, -1000.0, 1000.0))
+            if under_adam(tensor.leaf):
+                return adam_step(tensor, told.count)
+            rank = len(tensor.leaf.shape)
+            last_two = tuple(range(max(0, rank - 2), rank))
+
+            def features(g, p, acc, rows):
+                acc = F.accumulate(acc, g, rows, decays)
+                return inputs(acc, g, p, rows, rsqrt_eps)[: INPUTS if rank >= 2 else UNFACTORED_INPUTS], acc
+
+            def direction(g, p, acc, rows):
+                xs, acc = features(g, p, acc, rows)
+                direction, magnitude, _ = F.mlp(theta.mlp, xs, scales, g.shape, None)
+                return direction * jnp.exp(magnitude * exp_mult) * size, acc
+
+            def normalised(x):
+                x = tensor.gathered(orthogonalize, x) if newton_schulz and rank >= 2 else x
+                mean_square = tensor.pooled(jnp.mean(x * x, axis=last_two, keepdims=True), last_two)
+                return x * jax.lax.rsqrt(mean_square + 1e-9) * rms_mult
+
+            rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
+            scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-9, last_two)
+            size = jnp.sqrt(tensor.means(lambda g, p, *_: jnp.mean(p * p)) + 1e-9) if param_scale else 1.0
+            return F.move(tensor, direction, rows, then=normalised)
 
         def decay(leaf: Leaf, weight_decay):
             if not under_adam(leaf):
@@ -161,7 +170,7 @@ def celo2(
             own = weight_decay if adam_weight_decay is None else adam_weight_decay
             return own * adam_lr_mult if compat == "pylo" else own
 
-        return Arithmetic(init_leaf, update, decay=decay)
+        return Arithmetic(init_leaf, update, theta, prepare, decay=decay)
 
     settings = dict(
         hidden=hidden,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.rules import small_fc as base
-from lopt.transform import Arithmetic, clip_global_norm, define
+from lopt.transform import Arithmetic, clip_scale, define
 
 
 def elo(
@@ -52,12 +52,14 @@ def elo(
     def arithmetic(theta: base.Theta) -> Arithmetic:
         rule = base.arithmetic_of(theta, decays, step_mult=1.0, exp_mult=exp_mult)
 
-        def update(leaves, grads, states, params, shared, told):
-            if clip_norm is not None:
-                grads = clip_global_norm(grads, clip_norm)
-            return rule.update(leaves, grads, states, params, shared, told)
+        def prepare(groups, shared, told):
+            return (told, clip_scale(groups, clip_norm)), [()] * len(groups), shared
 
-        return rule._replace(update=update, clean=jnp.nan_to_num if compat == "pylo" else rule.clean)
+        def update(tensor, common, own):
+            theta, (told, scale) = common
+            return rule.update(tensor.changed(lambda g: g * scale), (theta, told), own)
+
+        return rule._replace(update=update, prepare=prepare, clean=jnp.nan_to_num if compat == "pylo" else rule.clean)
 
     settings = {
         "hidden": hidden,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
-from lopt.transform import Arithmetic, define, per_leaf
+from lopt.transform import Arithmetic, define
 
 MOMENTA = 6
 INPUTS = 2 + MOMENTA  # per element; 11 time features are added
@@ -53,14 +53,22 @@ def mlp(
         return jnp.zeros((MOMENTA, *p.shape), p.dtype)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        def update_leaf(leaf, g, averages, p, told):
-            averages = F.ema(averages, g, decays)
-            xs = [g, p, *averages]
-            xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
-            direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
-            return direction * jnp.exp(magnitude * exp_mult) * step_mult, averages
+        def update(tensor, common, own):
+            theta, told = common
 
-        return Arithmetic(init_leaf, per_leaf(update_leaf))
+            def features(g, p, momenta, _):
+                momenta = F.ema(momenta, g, decays)
+                return [g, p, *momenta], momenta
+
+            def direction(g, p, momenta, _):
+                xs, momenta = features(g, p, momenta, _)
+                direction, magnitude = F.mlp(theta.mlp, xs, scales, g.shape, F.time_features(told.count))
+                return direction * jnp.exp(magnitude * exp_mult) * step_mult, momenta
+
+            scales = F.rms_scales(tensor, lambda *block: features(*block)[0], None, 1e-5)
+            return tensor.move(direction, tensor.state)
+
+        return Arithmetic(init_leaf, update, theta)
 
     settings = {"hidden": hidden, "step_mult": step_mult, "exp_mult": exp_mult, "momenta": decays}
     return define("mlp", settings, init_theta, arithmetic)

@@ -98,20 +98,24 @@ def nn_adam(
                 shared = shared._replace(hidden=hidden, cell=cell)
             return jnp.exp(GAIN * log), shared
 
-        def update(leaves, grads, states, params, shared, told):
+        def prepare(groups, shared, told):
             (rate, fresh1, fresh2, eps), shared = hyper(shared, told.count)
             # A learned decay may wander to 0; a fresh share above 1 would not be an average.
             fresh1, fresh2 = jnp.minimum(fresh1, 1.0), jnp.minimum(fresh2, 1.0)
             kept = shared.kept * jnp.stack([1 - fresh1, 1 - fresh2])
-            directions, moments = [], []
-            for g, s in zip(grads, states, strict=True):
+            return (rate, fresh1, fresh2, eps, kept), [()] * len(groups), shared._replace(kept=kept)
+
+        def update(tensor, common, own):
+            _, (rate, fresh1, fresh2, eps, kept) = common
+
+            def direction(g, p, s, _):
                 s = Moments(s.m + fresh1 * (g - s.m), s.v + fresh2 * (g * g - s.v))
                 m_hat, v_hat = s.m / (1 - kept[0]), s.v / (1 - kept[1])
-                directions.append(rate * m_hat / (F.safe_sqrt(v_hat) + eps))
-                moments.append(s)
-            return directions, moments, shared._replace(kept=kept)
+                return rate * m_hat / (F.safe_sqrt(v_hat) + eps), s
 
-        return Arithmetic(init_leaf, update, init_shared)
+            return tensor.move(direction, tensor.state)
+
+        return Arithmetic(init_leaf, update, (), prepare, init_shared)
 
     settings = {"lr0": lr0, "b1": b1, "b2": b2, "eps": eps, "lstm_hidden": lstm_hidden}
     return define("nn_adam", settings, init_theta, arithmetic)

@@ -8,6 +8,7 @@ Differs from the paper: `weight_decay` is decoupled and multiplied by `lr`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
-from lopt.transform import Arithmetic, define, per_leaf
+from lopt.tensor import Tensor
+from lopt.transform import Arithmetic, define
 
 FEATURES = 28  # per element; 11 time features are added
 
@@ -43,10 +45,10 @@ def decay_at(initial: Sequence[float] | jax.Array, offset: jax.Array | None) -> 
     return jnp.clip(1 - jnp.exp(10 * (x.astype(np.float32) + offset)), 0.0, 1.0)
 
 
-def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None) -> list[jax.Array]:
+def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None) -> list[jax.Array]:
     """The 28 inputs in their published order, before normalisation."""
     inv = jax.lax.rsqrt(acc.v + 1e-6)
-    f = F.factors(acc, axes)
+    f = F.factors(acc, None if rows is None else rows.mean)
     row = list(acc.row)
     col = row if acc.col is None else list(acc.col)
     return [
@@ -59,31 +61,43 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int
     ]
 
 
-def clip_norm_of(g: jax.Array, max_norm: float | None) -> jax.Array:
-    """The gradient scaled to at most this L2 norm (None: as it is), as PyTorch clips one tensor alone."""
-    return g if max_norm is None else g * jnp.minimum(1.0, max_norm / (F.safe_sqrt(jnp.sum(g * g)) + 1e-6))
+def clip_norm_of(tensor: Tensor, max_norm: float) -> Tensor:
+    """The gradient scaled to at most this L2 norm, as PyTorch clips one tensor alone."""
+    square = tensor.means(lambda g, *_: jnp.mean(g * g)) * math.prod(tensor.leaf.shape)
+    scale = jnp.minimum(1.0, max_norm / (F.safe_sqrt(square) + 1e-6))
+    return tensor.changed(lambda g: g * scale)
 
 
 def arithmetic_of(
     theta: Theta, initial: F.Decays, *, step_mult: float, exp_mult: float, max_grad_norm: float | None = None
 ) -> Arithmetic:
     """The rule on leaves, for this theta and the decays that its offsets shift."""
-    offsets = theta.decays or DecayOffsets(None, None, None)
-    v = decay_at((float(initial.v),), offsets.v)[0]
-    decays = F.Decays(decay_at(initial.m, offsets.m), v, decay_at(initial.factored, offsets.factored))
 
     def init_leaf(leaf, p):
         return F.init_accumulators(p, len(initial.m), F.factored_axes(leaf.shape))
 
-    def update_leaf(leaf, g, acc, p, told):
-        g, axes = clip_norm_of(g, max_grad_norm), F.factored_axes(leaf.shape)
-        acc = F.accumulate(acc, g, axes, decays)
-        xs = inputs(acc, g, p, axes)
-        xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
-        direction, magnitude = F.mlp(theta.mlp, xs, g.shape, F.time_features(told.count))
-        return direction * jnp.exp(magnitude * exp_mult) * step_mult, acc
+    def update(tensor, common, own):
+        theta, told = common
+        offsets = theta.decays or DecayOffsets(None, None, None)
+        v = decay_at((float(initial.v),), offsets.v)[0]
+        decays = F.Decays(decay_at(initial.m, offsets.m), v, decay_at(initial.factored, offsets.factored))
+        if max_grad_norm is not None:
+            tensor = clip_norm_of(tensor, max_grad_norm)
 
-    return Arithmetic(init_leaf, per_leaf(update_leaf))
+        def features(g, p, acc, rows):
+            acc = F.accumulate(acc, g, rows, decays)
+            return inputs(acc, g, p, rows), acc
+
+        def direction(g, p, acc, rows):
+            xs, acc = features(g, p, acc, rows)
+            direction, magnitude = F.mlp(theta.mlp, xs, scales, g.shape, F.time_features(told.count))
+            return direction * jnp.exp(magnitude * exp_mult) * step_mult, acc
+
+        rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
+        scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-5)
+        return F.move(tensor, direction, rows)
+
+    return Arithmetic(init_leaf, update, theta)
 
 
 def small_fc(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
-from lopt.transform import Arithmetic, define, per_leaf
+from lopt.transform import Arithmetic, define
 
 INPUTS = 17  # per element; t/T and log t are added
 HAND_SET = 6  # the input m·rsqrt(v) of decay .9
@@ -30,14 +30,15 @@ class Theta(NamedTuple):
 
 
 def inputs(
-    acc: F.Accumulators, g: jax.Array, p: jax.Array, axes: tuple[int, int] | None, decays: F.Decays, count: jax.Array
+    acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None, decays: F.Decays, count: jax.Array
 ) -> list[jax.Array]:
     """The 17 inputs before normalisation. Averages are bias-corrected here, so acc.row has one decay."""
     t = (count + 1).astype(g.dtype)
     momenta = [m / (1 - d**t) for m, d in zip(acc.m, decays.m, strict=True)]
     correction = 1 / (1 - decays.v**t)
     v = acc.v * correction + 1e-16
-    f = F.factors(acc._replace(row=acc.row * correction, col=None if acc.col is None else acc.col * correction), axes)
+    acc = acc._replace(row=acc.row[0][None] * correction, col=None if acc.col is None else acc.col * correction)
+    f = F.factors(acc, None if rows is None else rows.mean * correction)
     row = f.row[0]
     col = jnp.ones_like(row) if f.col is None else f.col[0]
     inv = jax.lax.rsqrt(v)
@@ -89,22 +90,33 @@ def tiny(
         return acc._replace(row=acc.row[:1], col=None if acc.col is None else acc.col[:1])
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        def update_leaf(leaf, g, acc, p, told):
-            axes = F.factored_axes(leaf.shape)
-            acc = F.accumulate(acc, g, axes, decays)
-            xs = inputs(acc, g, p, axes, decays, told.count)
-            xs = [jnp.clip(x * s, -clip, clip) for x, s in zip(xs, F.rms_scales(xs, 1e-12), strict=True)]
+        def update(tensor, common, own):
+            theta, told = common
             t = told.count.astype(jnp.float32)
             time = jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7])
-            (direction,) = F.mlp(theta.mlp, xs, g.shape, time)
-            direction += F.linear(theta.skip, xs, g.shape, time)
-            # What never had a gradient (a frozen part, an unused row) stays, though its parameter is an input too.
-            direction = jnp.where(acc.v > 0, direction, 0.0)
-            unit = direction * F.rms_scales([direction], 1e-12)[0]
-            size = step_mult * jnp.exp(theta.log_step)
-            return size * jnp.maximum(F.safe_sqrt(jnp.mean(p * p)), min_rms) * unit, acc
 
-        return Arithmetic(init_leaf, per_leaf(update_leaf))
+            def features(g, p, acc, rows):
+                acc = F.accumulate(acc, g, rows, decays)
+                return inputs(acc, g, p, rows, decays, told.count), acc
+
+            def direction(g, p, acc, rows):
+                xs, acc = features(g, p, acc, rows)
+                xs = [jnp.clip(x * s, -clip, clip) for x, s in zip(xs, scales, strict=True)]
+                (direction,) = F.mlp(theta.mlp, xs, None, g.shape, time)
+                direction += F.linear(theta.skip, xs, g.shape, time)
+                # What never had a gradient (a frozen part, an unused row) stays, though its parameter is an input too.
+                return jnp.where(acc.v > 0, direction, 0.0), acc
+
+            def sized(x):
+                return x * (size * jax.lax.rsqrt(tensor.pooled(jnp.mean(x * x)) + 1e-12))
+
+            rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
+            scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
+            rms = F.safe_sqrt(tensor.means(lambda g, p, *_: jnp.mean(p * p)))
+            size = step_mult * jnp.exp(theta.log_step) * jnp.maximum(rms, min_rms)
+            return F.move(tensor, direction, rows, then=sized)
+
+        return Arithmetic(init_leaf, update, theta)
 
     settings = dict(
         hidden=hidden,

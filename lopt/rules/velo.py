@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.rules.celo2 import INPUTS
 from lopt.rules.celo2 import inputs as velo_inputs
-from lopt.transform import Arithmetic, Leaf, Told, define
+from lopt.tensor import Leaf, Moved, Tensor
+from lopt.transform import Arithmetic, Told, define
 
 COMPAT = ("", "pylo", "bugged_loss_features", "bugged_next_lstm_state")
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -62,6 +64,11 @@ def init_loss_features() -> LossFeatures:
     return LossFeatures(mean, jnp.full_like(mean, jnp.finfo(jnp.float32).max), jnp.zeros((), jnp.int32))
 
 
+def init_mixed(tensors: int, hidden: int) -> Shared:
+    zeros = jnp.zeros((tensors, hidden), jnp.float32)
+    return Shared(zeros, zeros, init_loss_features())
+
+
 def update_loss_features(state: LossFeatures, value: jax.Array, horizon) -> tuple[LossFeatures, jax.Array]:
     """Add a loss; returns the 9 features in [-1, 1], 0 for the first two iterations."""
     log_horizon = jnp.log10(jnp.asarray(horizon, jnp.float32))
@@ -84,17 +91,24 @@ def time_left(told: Told) -> jax.Array:
     return jnp.tanh(10 * (fraction - jnp.asarray(FRACTIONS, jnp.float32)))
 
 
-def tensor_features(leaf: Leaf, acc: F.Accumulators, p: jax.Array) -> jax.Array:
+def tensor_features(tensor: Tensor) -> jax.Array:
     """[12] mean_rms, rank one-hot 5, var_m 3, var_rms 3: the previous step's accumulators over the tensor's scale."""
-    scale = F.safe_rsqrt(jnp.mean(p * p))
-    axes = tuple(range(1, p.ndim + 1))
-    m, v = acc.m * scale, acc.v * scale
-    mean_m = jnp.mean(m, axis=axes, keepdims=True)
-    var_m = jnp.mean((m - mean_m) ** 2, axis=axes)
-    # The released weights were trained with the second moment minus the mean of the FIRST, so it stays.
-    var_rms = jnp.mean((v[None] - mean_m) ** 2, axis=axes)
-    rank = jax.nn.one_hot(min(sum(n > 1 for n in leaf.shape), 4), 5)
-    return jnp.concatenate([_squash(jnp.mean(v)[None]), rank, _squash(var_m), _squash(var_rms)])
+    scale = F.safe_rsqrt(mean_square_of(tensor))
+
+    def moments(g, p, acc, _):
+        return [jnp.mean(m * scale) for m in acc.m], jnp.mean(acc.v * scale)
+
+    mean_m, mean_v = tensor.means(moments)
+
+    def central(g, p, acc, _):
+        pairs = list(zip(acc.m, mean_m, strict=True))
+        # The released weights were trained with the second moment minus the mean of the FIRST, so it stays.
+        var_rms = [jnp.mean((acc.v * scale - mean) ** 2) for _, mean in pairs]
+        return [jnp.mean((m * scale - mean) ** 2) for m, mean in pairs] + var_rms
+
+    variances = jnp.stack(tensor.means(central))
+    rank = jax.nn.one_hot(min(sum(n > 1 for n in tensor.leaf.shape), 4), 5)
+    return jnp.concatenate([_squash(mean_v[None]), rank, _squash(variances)])
 
 
 def _squash(x: jax.Array) -> jax.Array:
@@ -135,22 +149,40 @@ def init_bank(key: jax.Array, size: int, width: int) -> tuple[F.Layer, ...]:
     return jax.vmap(lambda k: F.init_mlp(k, (INPUTS, width, width, 3)))(jax.random.split(key, size))
 
 
-def per_parameter(acc, g, p, axes, layers, exp_mult: float) -> jax.Array:
-    """Direction of a tensor before its step size: rms(p) · out · exp(exp_mult · magnitude)."""
-    xs = velo_inputs(acc, g, p, axes, 1e-6)
-    xs = [x * s for x, s in zip(xs, F.rms_scales(xs, 1e-5), strict=True)]
-    direction, magnitude, _ = F.mlp(layers, xs, g.shape, None)
-    return jnp.sqrt(jnp.mean(p * p) + 1e-9) * direction * jnp.exp(exp_mult * magnitude)
+def per_parameter(
+    tensor: Tensor, layers, mean_square, size, axes, decays: F.Decays, exp_mult: float
+) -> tuple[Moved, F.Accumulators]:
+    """The update of a tensor along size · rms(p) · out · exp(exp_mult · magnitude).
+
+    Args:
+      tensor: gradients are clipped to ±1000 here.
+      layers: of the tensor's own network.
+      mean_square: () of its parameters.
+      size: () step size.
+      axes: factored ones.
+      decays: of the averages.
+      exp_mult: see `velo`.
+    """
+    tensor = tensor.changed(lambda g: jnp.clip(g, -1000.0, 1000.0))
+    size = size * jnp.sqrt(mean_square + 1e-9)
+
+    def features(g, p, acc, rows):
+        acc = F.accumulate(acc, g, rows, decays)
+        return velo_inputs(acc, g, p, rows, 1e-6), acc
+
+    def direction(g, p, acc, rows):
+        xs, acc = features(g, p, acc, rows)
+        direction, magnitude, _ = F.mlp(layers, xs, scales, g.shape, None)
+        return size * direction * jnp.exp(exp_mult * magnitude), acc
+
+    rows = F.rows(tensor, axes, decays)
+    scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-5)
+    return F.move(tensor, direction, rows)
 
 
-def update_all(grads, states, params, *, axes, networks, sizes, decays: F.Decays, exp_mult: float):
-    """Directions and new averages of all tensors, each with its factored axes, its network and its step size."""
-    directions, accs = [], []
-    for g, acc, p, two, layers, size in zip(grads, states, params, axes, networks, sizes, strict=True):
-        g = jnp.clip(g, -1000.0, 1000.0)
-        accs.append(F.accumulate(acc, g, two, decays))
-        directions.append(per_parameter(accs[-1], g, p, two, layers, exp_mult) * size)
-    return directions, accs
+def mean_square_of(tensor: Tensor) -> jax.Array:
+    """() of the parameters."""
+    return tensor.means(lambda g, p, *_: jnp.mean(p * p))
 
 
 def axes_of(leaf: Leaf, compat: str) -> tuple[int, int] | None:
@@ -207,35 +239,32 @@ def velo(
         return F.init_accumulators(p, len(decays.m), axes_of(leaf, axes_compat))
 
     def init_shared(leaves):
-        zeros = jnp.zeros((len(leaves), lstm_hidden), jnp.float32)
-        return Shared(zeros, zeros, init_loss_features())
+        return init_mixed(len(leaves), lstm_hidden)
 
     def arithmetic(theta: Theta) -> Arithmetic:
-        def update(leaves, grads, states, params, shared, told):
+        def prepare(groups, shared, told):
             horizon = 10 if "bugged_loss_features" in quirks else told.num_steps
             loss, loss_features = update_loss_features(shared.loss, told.value, horizon)
+            mean_squares = [group.each(mean_square_of) for group in groups]
+            x = jnp.concatenate([group.each(tensor_features) for group in groups])
+            x = x[np.argsort([i for group in groups for i in group.indices])]
             common = jnp.concatenate([time_left(told), loss_features])
-            own = zip(leaves, states, params, strict=True)
-            x = jnp.stack([jnp.concatenate([common, tensor_features(*xs)]) for xs in own])
+            x = jnp.concatenate([jnp.broadcast_to(common, (len(x), len(common))), x], axis=1)
             anew = (told.count == 0) | ("bugged_next_lstm_state" in quirks)
             controls, step_size, mixed = mix(theta.mixer, x, shared, anew)
-            mixed_bank = [
-                [F.Layer(*(100 * jnp.tensordot(control, part, 1) / bank for part in layer)) for layer in theta.bank]
-                for control in controls
-            ]
-            directions, accs = update_all(
-                grads,
-                states,
-                params,
-                axes=[axes_of(leaf, axes_compat) for leaf in leaves],
-                networks=mixed_bank,
-                sizes=step_mult * step_size,
-                decays=decays,
-                exp_mult=exp_mult,
-            )
-            return directions, accs, mixed._replace(loss=loss)
 
-        return Arithmetic(init_leaf, update, init_shared)
+            def own(group, mean_square):
+                members = np.array(group.indices)
+                return controls[members], step_mult * step_size[members], mean_square
+
+            return None, [own(*xs) for xs in zip(groups, mean_squares, strict=True)], mixed._replace(loss=loss)
+
+        def update(tensor, common, own):
+            networks, (controls, size, mean_square) = common[0], own
+            layers = [F.Layer(*(100 * jnp.tensordot(controls, part, 1) / bank for part in layer)) for layer in networks]
+            return per_parameter(tensor, layers, mean_square, size, axes_of(tensor.leaf, axes_compat), decays, exp_mult)
+
+        return Arithmetic(init_leaf, update, theta.bank, prepare, init_shared)
 
     settings = {
         "lstm_hidden": lstm_hidden,

@@ -1,0 +1,255 @@
+"""Elementwise work on large arrays block by block, in place, so that what lies between is as small as a block.
+
+XLA gives every intermediate array of an update memory of its own. Thirty of them for a large tensor are slow because
+they leave the caches and because their pages are new to the process at every call; for a block they are neither.
+
+A block is contiguous: one index of each axis before the one that is cut, a part of that, all of those after it. Read
+through a view whose leading axis counts the blocks it costs nothing, while XLA does not vectorise a loop that reads
+a dynamic slice of any other axis of a large array.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 1 << 16  # elements; measured: half as many are as good, twice as many up to a half slower
+
+
+class Cut(NamedTuple):
+    """How a tensor, and what is shaped like it or reduced along some axes, is cut into equal blocks.
+
+    Arrays that have one axis more than the tensor, in front, are seen as tuples if they are otherwise like it.
+    """
+
+    shape: tuple[int, ...]  # of the tensor
+    axis: int  # that is cut; of those before it, a block has one index
+    size: int  # of the block along it, a divisor of its length
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Shape of a block, of the tensor's rank."""
+        return (1,) * self.axis + (self.size, *self.shape[self.axis + 1 :])
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape) // math.prod(self.block)
+
+    def view(self, x: jax.Array) -> jax.Array:
+        """[blocks, …] of an array like the tensor, or of several along a leading axis one after the other."""
+        return x.reshape(-1, *self.block[self.axis :])
+
+    def read(self, view: jax.Array, i: Any, like: Any) -> Any:
+        """Block i of the view of an array with as many axes as `like`."""
+        shape = (1, *view.shape[1:])
+
+        def part(k: int) -> jax.Array:
+            return _slice(view, [k * self.count + i], shape).reshape(self.block)
+
+        return part(0) if like.ndim == len(self.shape) else tuple(part(k) for k in range(like.shape[0]))
+
+    def write(self, view: jax.Array, part: Any, i: Any) -> jax.Array:
+        """The view with block i replaced by what `read` might have returned."""
+        for k, x in enumerate(part if isinstance(part, tuple | list) else (part,)):
+            view = _put(view, x.reshape(1, *view.shape[1:]), [k * self.count + i])
+        return view
+
+    def take(self, x: Any, i: Any) -> Any:
+        """What belongs to block i of any array: a scalar whole, a part along the axes that are not reduced."""
+        lead = jnp.ndim(x) - len(self.shape)
+        if lead < 0:
+            return x
+        if jnp.shape(x)[lead:] == self.shape:
+            return self.read(self.view(x), i, x)
+        size = [b if n > 1 else 1 for b, n in zip(self.block, x.shape[lead:], strict=True)]
+        return _slice(x, self._start(x.shape, i), (*x.shape[:lead], *size))
+
+    def add(self, total: jax.Array, part: jax.Array, i: Any) -> jax.Array:
+        """Put block i's result into the whole one: at its place, or into the average where axes are reduced."""
+        if total.ndim < len(self.shape):
+            return total + part / self.count
+        reduced = [j for j, n in enumerate(total.shape[total.ndim - len(self.shape) :]) if n == 1]
+        weight = math.prod(self.block[j] for j in reduced) / math.prod(self.shape[j] for j in reduced)
+        start = self._start(total.shape, i)
+        return _put(total, _slice(total, start, part.shape) + part * weight, start)
+
+    def _start(self, shape: Sequence[int], i: Any) -> list[Any]:
+        """Of block i in an array of this shape."""
+        lead, rank = len(shape) - len(self.shape), self.axis + 1
+        counts = [n // b for n, b in zip(self.shape[:rank], self.block[:rank], strict=True)]
+        at = [i // math.prod(counts[j + 1 :]) % n * b for j, (n, b) in enumerate(zip(counts, self.block, strict=False))]
+        return [0] * lead + [s if n > 1 else 0 for s, n in zip(at, shape[lead:], strict=False)]
+
+
+class Stack(NamedTuple):
+    """How equal tensors in a stack are cut into as many at once; every array has the leading axis."""
+
+    length: int
+    size: int  # a divisor of the length
+
+    @property
+    def count(self) -> int:
+        return self.length // self.size
+
+    def view(self, x: jax.Array) -> jax.Array:
+        return x.reshape(self.count, self.size, *x.shape[1:])
+
+    def read(self, view: jax.Array, i: Any, like: Any) -> jax.Array:
+        return _slice(view, [i], (1, *view.shape[1:]))[0]
+
+    def write(self, view: jax.Array, part: jax.Array, i: Any) -> jax.Array:
+        return _put(view, part[None], [i])
+
+    def take(self, x: jax.Array, i: Any) -> jax.Array:
+        return self.read(self.view(x), i, x)
+
+    def add(self, total: jax.Array, part: jax.Array, i: Any) -> jax.Array:
+        return _put(total, part, [i * self.size])
+
+
+def _indices(start: Sequence[Any], rank: int) -> list[jax.Array]:
+    return [jnp.asarray(s, jnp.int32) for s in (*start, *[0] * (rank - len(start)))]
+
+
+def _slice(x: jax.Array, start: Sequence[Any], shape: Sequence[int]) -> jax.Array:
+    return jax.lax.dynamic_slice(x, _indices(start, x.ndim), shape, allow_negative_indices=False)
+
+
+def _put(x: jax.Array, part: jax.Array, start: Sequence[Any]) -> jax.Array:
+    at = _indices(start, x.ndim)
+    return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), at, allow_negative_indices=False)
+
+
+@functools.cache
+def cut(shape: tuple[int, ...]) -> Cut | None:
+    """Two or more blocks of about BLOCK elements; None: whole, if it is small or has no length with such a divisor."""
+    wanted = min(BLOCK, math.prod(shape) // 2)
+    choices = [
+        (abs(math.log(size * math.prod(shape[axis + 1 :]) / wanted)), axis, size)
+        for axis, n in enumerate(shape)
+        for size in range(1, n + 1 if wanted >= BLOCK // 2 else 0)
+        if n % size == 0
+    ]
+    far, axis, size = min(choices, default=(math.inf, 0, 0))
+    found = Cut(shape, axis, size)
+    return found if far < math.log(32) and found.count > 1 else None
+
+
+def over(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack | None, measure: Any = None) -> tuple[Any, Any]:
+    """Apply f to corresponding blocks; what it writes replaces the buffers' blocks.
+
+    Args:
+      f: `(buffers, xs) -> (buffers, results)`; the new buffers may be of higher precision and are rounded when written.
+        Results are put together or averaged, see `Cut.add`.
+      buffers: pytree of arrays like the tensor, or with a leading axis more.
+      xs: pytree of arrays of which f sees the corresponding part.
+      cut: None for one call on everything.
+      measure: `new buffers, before rounding -> results` in place of those of f; they are in memory by then, where XLA
+        would compute the results of f and what they are made of once more.
+
+    Returns:
+      The new buffers and the results.
+    """
+    flat, treedef = jax.tree.flatten(buffers)
+    if cut is None:
+        new, results = f(buffers, xs)
+        results = measure(new) if measure else results
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), results
+
+    def read(views: list[jax.Array], i: Any) -> Any:
+        return treedef.unflatten([cut.read(view, i, x) for view, x in zip(views, flat, strict=True)])
+
+    def write(views: list[jax.Array], parts: Any, i: Any) -> list[jax.Array]:
+        parts = treedef.flatten_up_to(parts)
+        return [cut.write(view, part, i) for view, part in zip(views, parts, strict=True)]
+
+    def block(views: list[jax.Array], i: Any) -> Any:
+        return f(read(views, i), jax.tree.map(lambda x: cut.take(x, i), xs))
+
+    def add(results: Any, parts: Any, i: Any) -> Any:
+        return jax.tree.map(lambda total, part: cut.add(total, part, i), results, parts)
+
+    # A block is written one iteration late. Were it read and written in the same one, XLA would see no order between
+    # the two and copy the whole buffer, every time.
+    def body(i: jax.Array, carry: Any) -> Any:
+        views, late, results = carry
+        before = jnp.maximum(i - 1, 0)
+        views = write(views, late, before)
+        if measure:
+            results = jax.lax.cond(i == 0, lambda: results, lambda: add(results, measure(late), before))
+        late, parts = block(views, i)
+        return views, late, results if measure else add(results, parts, i)
+
+    views = [cut.view(x) for x in flat]
+    new, _ = jax.eval_shape(block, views, 0)
+
+    def all_results(buffers: Any, xs: Any) -> Any:
+        new, results = f(buffers, xs)
+        return measure(new) if measure else results
+
+    whole = jax.eval_shape(all_results, buffers, xs)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
+    late = jax.tree.map(lambda x, y: x.astype(y.dtype), read(views, 0), new)
+    views, late, results = jax.lax.fori_loop(0, cut.count, body, (views, late, results))
+    last = cut.count - 1
+    if measure:
+        results = add(results, measure(late), last)
+    views = write(views, late, last)
+    return treedef.unflatten([view.reshape(x.shape) for view, x in zip(views, flat, strict=True)]), results
+
+
+def means(f: Callable[[Any], Any], xs: Any, cut: Cut | None) -> Any:
+    """Results of `over` without buffers: f maps xs to means."""
+    return over(lambda _, xs: ((), f(xs)), (), xs, cut)[1]
+
+
+def mean_squares(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+    """[F, …] of F arrays of one shape, over `axes`, which are kept with length 1; one kernel for all."""
+    shape = xs[0].shape
+    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    size = math.prod(shape) // math.prod(kept)
+    squares = [x * x for x in xs]
+    if len(axes) == len(shape) and math.prod(shape[:-1]) % 2 == 0:
+        # Two sums of each, for two threads.
+        squares, axes = [x.reshape(2, -1, shape[-1]) for x in squares], (1, 2)
+    zeros = [jnp.zeros((), x.dtype) for x in xs]
+    sums = jax.lax.reduce(squares, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes)
+    stacked = jnp.stack(sums)
+    if stacked.shape[1:] == (2,):
+        stacked = jnp.sum(stacked, axis=1)
+    return (stacked / size).reshape(len(xs), *kept)
+
+
+def unstack(tree: Any, n: int, zero: jax.Array) -> list[Any]:
+    """The n entries along the leading axis of all arrays.
+
+    Args:
+      tree: pytree of arrays [n, …].
+      n: how many.
+      zero: () int32, 0 in a way that XLA does not see.
+    """
+    if n == 1:
+        return [jax.tree.map(lambda x: x[0], tree)]
+    # XLA compiles a kernel for every slice at an index it knows, and one for all that it does not. The roots keep it
+    # from adding the indices up: i² is (i - 1)² + … computed as it goes.
+    root, out = zero.astype(jnp.float32), []
+    for _ in range(n):
+        i = jnp.round(root * root).astype(jnp.int32)
+        out.append(jax.tree.map(lambda x, i=i: _slice(x, [i], (1, *x.shape[1:]))[0], tree))
+        root = jnp.sqrt(root * root + 1)
+    return out
+
+
+def derivable(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(whole: bool, *args)` as a function of args: in blocks, but differentiated as it is on whole tensors.
+
+    The derivative of a loop in place would keep every buffer of every iteration.
+    """
+    blocked = jax.custom_jvp(functools.partial(f, False))
+    blocked.defjvp(lambda primals, tangents: jax.jvp(functools.partial(f, True), primals, tangents))
+    return blocked

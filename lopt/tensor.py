@@ -1,0 +1,388 @@
+"""Tensors as a rule sees them, one at a time, and equal ones updated together.
+
+A rule says what happens to corresponding elements of gradient, parameter and state; here it is done block by block,
+in place, with whatever must not be written to memory in between: conversion of low precision, the check that a
+gradient is finite, learning rate, decay.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt import blocks, precision
+
+STACK = 42 << 20  # bytes of a stack of equal tensors, which is a copy of them and their state
+STACKED = 1 << 18  # elements of tensors that are too large to be stacked; they are worth loops of their own
+
+
+class Leaf(NamedTuple):
+    """What is known of a parameter tensor before it is traced."""
+
+    path: str  # "/"-joined key path, e.g. "layer0/w"
+    shape: tuple[int, ...]  # scalars are (1,)
+    labels: frozenset[str]
+    axes: tuple[tuple[str, ...], ...] = ()  # mesh axes that each axis is sharded over, if every device sees its part
+
+    @property
+    def group(self) -> str:
+        """Its labels joined by "+", or "matrix" or "vector" by its rank."""
+        return "+".join(sorted(self.labels)) or ("matrix" if len(self.shape) > 1 else "vector")
+
+
+class Step(NamedTuple):
+    """From a direction to an update: -rate · (factor · direction + decay · p)."""
+
+    rate: Any  # () learning rate times schedule
+    count: jax.Array  # () int32 of updates so far
+    decay: Any = None  # of the parameter; None for none
+    decay_moved: Any = None  # of the moved parameter, scaled by `factor` too; None for none
+
+    def __call__(self, direction: jax.Array, p: jax.Array, factor: Any) -> jax.Array:
+        rate = self.rate if factor is None else self.rate * factor
+        step = -rate * direction
+        if self.decay is not None:
+            step = step - self.rate * self.decay * p
+        return step if self.decay_moved is None else step - rate * self.decay_moved * (p + step)
+
+
+class Given(NamedTuple):
+    """What comes with a tensor, each in whatever precision it came; of a group all have a leading axis more."""
+
+    g: Any  # gradient, or None
+    p: Any
+    state: Any  # the rule's
+    factor: Any = None  # () of its direction; None for 1
+    ok: Any = None  # () bool: a gradient that is not is taken for 0 and moves neither parameter nor state
+
+
+class Moved(NamedTuple):
+    update: jax.Array  # like the tensor, in the parameter's precision
+    mean_square: jax.Array  # () of the update, before rounding
+
+
+class Tensor(NamedTuple):
+    """A tensor of rank >= 1 while it is updated."""
+
+    leaf: Leaf
+    given: Given
+    step: Step
+    change: Callable[[jax.Array], jax.Array]  # elementwise, applied to the gradient in float32
+    cut: blocks.Cut | None
+
+    @property
+    def state(self) -> Any:
+        return self.given.state
+
+    def changed(self, change: Callable[[jax.Array], jax.Array]) -> Tensor:
+        """With one more elementwise function applied to the gradient."""
+        before = self.change
+        return self._replace(change=lambda g: change(before(g)))
+
+    def keep(self, new: Any, old: Any) -> Any:
+        """A new state, or the old one where the gradient is not ok."""
+        ok = self.given.ok
+        return new if ok is None else jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what this device sees of it; `leaf.shape` is the whole tensor's."""
+        return self.given.p.shape
+
+    def pooled(self, mean: Any, axes: tuple[int, ...] | None = None) -> Any:
+        """The mean over all devices of means over these axes of the tensor (None: all)."""
+        return _pooled(self.leaf, mean, axes)
+
+    def means(
+        self, f: Callable[..., Any], extra: Any = (), axes: tuple[int, ...] | list[tuple[int, ...]] | None = None
+    ) -> Any:
+        """Means that the update needs beforehand.
+
+        Args:
+          f: `(g, p, state, extra) -> means`, of blocks in float32; `blocks.Cut.add` says how they are put together.
+          extra: arrays that are cut along with the tensor.
+          axes: over which f averages; None for all, a list if f returns one and they differ.
+        """
+        xs = (self.given.g, self.given.p, self.state, extra)
+        found = blocks.means(lambda xs: f(*self._wide(*xs[:3]), xs[3]), xs, self.cut)
+        if isinstance(axes, list):
+            return [self.pooled(*one) for one in zip(found, axes, strict=True)]
+        return self.pooled(found, axes)
+
+    def mean_squares(self, f: Callable[..., Sequence[jax.Array]], extra: Any, axes: tuple[int, ...]) -> list[jax.Array]:
+        """Of features, over `axes`, which are kept with length 1.
+
+        A factored feature is averaged over its own few elements: broadcasting does not change a mean.
+
+        Args:
+          f: `(g, p, state, extra) -> features`, of blocks.
+          extra: as in `means`.
+          axes: reduced ones, of the tensor.
+        """
+
+        def whole() -> list[jax.Array]:
+            return list(f(*self._wide(self.given.g, self.given.p, self.state), extra))
+
+        def mean(x: jax.Array) -> jax.Array:
+            return self.pooled(jnp.mean(x * x, axis=axes, keepdims=True), axes)
+
+        if self.cut is None:
+            return [mean(x) for x in whole()]
+        large = [i for i, x in enumerate(jax.eval_shape(whole)) if x.shape == self.shape]
+
+        def block(*xs: Any) -> jax.Array:
+            features = f(*xs)
+            return blocks.mean_squares([features[i] for i in large], axes)
+
+        found = dict(zip(large, self.means(block, extra, axes), strict=True))
+        return [found[i] if i in found else mean(x) for i, x in enumerate(whole())]
+
+    def move(self, f: Callable[..., Any], buffers: Any, extra: Any = (), then: Any = None) -> tuple[Moved, Any]:
+        """The update, and the state that is as large as the tensor.
+
+        Args:
+          f: `(g, p, buffers, extra) -> (direction, buffers)`, of blocks in float32.
+          buffers: the large part of the state; it is replaced in place, as the gradient is by the update.
+          extra: as in `means`.
+          then: a function of the whole direction, which is then kept in float32, or None.
+        """
+
+        def block(written: Any, xs: Any) -> Any:
+            (u, old), (g, p, extra) = written, xs
+            g, p, wide = self._wide(u if g is None else g, p, old)
+            direction, new = f(g, p, wide, extra)
+            new = precision.narrow(self.keep(new, wide), old, (g, p, self.step.count))
+            return (direction if then else self.stepped(direction, p), new), ()
+
+        g, p = self.given.g, self.given.p
+        u, g = room(g, precision.wide(p) if then else p)
+        (u, buffers), mean_square = blocks.over(
+            block, (u, buffers), (g, p, extra), self.cut, None if then else lambda new: mean_square_of(new[0])
+        )
+        if not then:
+            return Moved(u, self.pooled(mean_square)), buffers
+        step = self.stepped(then(u), precision.wide(p))
+        return Moved(step.astype(p.dtype), self.pooled(mean_square_of(step))), buffers
+
+    def gathered(self, f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """This device's part of f of the whole tensor, for what cannot be computed in parts."""
+        whole, start = x, [jnp.zeros((), jnp.int32)] * x.ndim
+        for i, names in enumerate(self.leaf.axes):
+            if names:
+                whole = jax.lax.all_gather(whole, names, axis=i, tiled=True)
+                start[i] = jax.lax.axis_index(names) * x.shape[i]
+        return jax.lax.dynamic_slice(f(whole), start, x.shape)
+
+    def stepped(self, direction: jax.Array, p: jax.Array) -> jax.Array:
+        """The update of a direction before rounding, both of a block or both whole."""
+        step = self.step(direction, p, self.given.factor)
+        return step if self.given.ok is None else jnp.where(self.given.ok, step, 0.0)
+
+    def _wide(self, g: jax.Array, p: jax.Array, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """Gradient, parameter and state in at least float32."""
+        p = precision.wide(p)
+        g = g.astype(p.dtype)
+        g = self.change(g if self.given.ok is None else jnp.where(self.given.ok, g, 0.0))
+        return g, p, jax.tree.map(precision.wide, state)
+
+
+def _pooled(leaf: Leaf, mean: Any, axes: tuple[int, ...] | None = None) -> Any:
+    chosen = leaf.axes if axes is None else [leaf.axes[i] for i in axes if leaf.axes]
+    names = tuple(name for axis in chosen for name in axis)
+    return jax.lax.pmean(mean, names) if names else mean
+
+
+def mean_square_of(x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def room(g: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """An array for the update, and the gradient unless the update may replace it."""
+    return (g, None) if g.dtype == p.dtype else (jnp.zeros_like(p), g)
+
+
+class Turns:
+    """Makes stacks wait for each other, since XLA would build all of them first and need memory for all."""
+
+    def __init__(self) -> None:
+        self.wait: jax.Array | None = None
+
+    def took(self, x: jax.Array) -> None:
+        """What the next one is to wait for."""
+        one = x.reshape(-1)[0]
+        self.wait = (one < 0) & (one > 0)  # never, which XLA does not see either
+
+    def stack(self, xs: Sequence[Any]) -> jax.Array:
+        first, *others = [jnp.asarray(x) for x in xs]
+        if not others:
+            return first[None]
+        if self.wait is not None:
+            first = jnp.where(self.wait, jnp.zeros_like(first), first)
+        return jnp.stack([first, *others])
+
+
+class Group(NamedTuple):
+    """Tensors that are updated together: equal ones, stacked, or one alone.
+
+    A kernel of a few microseconds and half a second of compilation are dear if there are hundreds.
+    """
+
+    leaf: Leaf  # of the first
+    indices: tuple[int, ...]  # of each among all tensors
+    given: tuple[Given, ...]
+    ok: jax.Array | None  # [size] bool, see `Given`
+    step: Step
+    change: Callable[[jax.Array], jax.Array]
+    turns: Turns
+
+    def stacked(self) -> Given:
+        """With a leading axis as long as `_batches` wants it: the last tensor is repeated."""
+        batches = self._batches()
+        more = 0 if batches is None else batches.length - self.size
+        stacked = jax.tree.map(lambda *xs: self.turns.stack(xs), *self.given, *[self.given[-1]] * more)
+        return stacked._replace(ok=self._padded(self.ok))
+
+    def _padded(self, tree: Any) -> Any:
+        """Arrays that have an axis over the tensors, lengthened in the same way."""
+        batches = self._batches()
+        if batches is None or batches.length == self.size:
+            return tree
+        repeated = np.minimum(np.arange(batches.length), self.size - 1)
+        return jax.tree.map(lambda x: x[repeated], tree)
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Tensor.shape`."""
+        return self.given[0].p.shape
+
+    def where(self, ok: jax.Array) -> Group:
+        """With bools [size] of which gradients are ok, but where there are none."""
+        return self if self.ok is not None else self._replace(ok=ok)
+
+    def each(self, f: Callable[[Tensor], Any]) -> Any:
+        """f of every tensor, where f gives small arrays; these with a leading axis."""
+
+        def some(_: Any, given: Given) -> Any:
+            return (), self._map(lambda given: f(self._tensor(given, whole=False)), given)
+
+        results = blocks.over(some, (), self.stacked(), self._batches())[1]
+        self.turns.took(jax.tree.leaves(results)[0])
+        return jax.tree.map(lambda x: x[: self.size], results)
+
+    def update(self, rule: Rule, common: Any, own: Any) -> tuple[list[tuple[jax.Array, Any]], jax.Array]:
+        """Apply the rule to every tensor; `own` has a leading axis.
+
+        Returns:
+          Update and state of each, and [size] mean squares of the updates.
+        """
+
+        def run(whole: bool, given: Given, step: Step, common: Any, own: Any) -> tuple[Moved, Any]:
+            def one(xs: Any) -> Any:
+                given, own = xs
+                moved, state = rule(self._replace(step=step)._tensor(given, whole), common, own)
+                return (moved.update, state), moved.mean_square
+
+            def some(written: Any, xs: Any) -> Any:
+                (u, state), (given, own) = written, xs
+                return self._map(one, (given._replace(g=u if given.g is None else given.g, state=state), own))
+
+            batches = None if whole else self._batches()
+            if batches is None:
+                (u, state), mean_square = self._map(one, (given, own))
+                return Moved(u, mean_square), state
+            u, g = room(given.g, given.p)
+            axes = tuple(range(1, u.ndim))
+            (u, state), mean_square = blocks.over(
+                some,
+                (u, given.state),
+                (given._replace(g=g, state=None), own),
+                batches,
+                lambda new: jnp.mean(jnp.square(new[0].astype(jnp.float32)), axis=axes),
+            )
+            return Moved(u, _pooled(self.leaf, mean_square)), state
+
+        plain = self._batches() is None and blocks.cut(self.shape) is None
+        f = functools.partial(run, True) if plain else blocks.derivable(run)
+        moved, state = f(self.stacked(), self.step, common, self._padded(own))
+        results = blocks.unstack((moved.update, state), self.size, jnp.minimum(self.step.count, 0))
+        self.turns.took(results[-1][0])
+        return results, moved.mean_square[: self.size]
+
+    def _tensor(self, given: Given, whole: bool) -> Tensor:
+        return Tensor(self.leaf, given, self.step, self.change, None if whole else blocks.cut(self.shape))
+
+    def _map(self, f: Callable[[Any], Any], xs: Any) -> Any:
+        """f over the leading axis of all arrays."""
+        if jax.tree.leaves(xs)[0].shape[0] > 1:
+            return jax.vmap(f)(xs)
+        # A batch of one is not worth its axis.
+        return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
+
+    def _batches(self) -> blocks.Stack | None:
+        """As many tensors at once as make a block; two batches at least, since what a loop wrote is in memory.
+
+        Else XLA would compute the network once more for every tensor that is taken out of the stack.
+        """
+        if self.size == 1:
+            return None
+        most = max(1, blocks.BLOCK // math.prod(self.shape))
+        count = max(2, math.ceil(self.size / most))
+        at_once = math.ceil(self.size / count)
+        return blocks.Stack(count * at_once, at_once)
+
+
+Rule = Callable[[Tensor, Any, Any], tuple[Moved, Any]]
+
+
+def groups(
+    leaves: Sequence[Leaf],
+    given: Sequence[Given],
+    step: Callable[[Leaf], Step],
+    change: Callable[[jax.Array], jax.Array],
+) -> list[Group]:
+    """All tensors, those stacked that are equal and small.
+
+    Args:
+      leaves: what is known of each.
+      given: what comes with each; a gradient that is missing is 0.
+      step: of a leaf.
+      change: see `Tensor`.
+    """
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for i, (leaf, one) in enumerate(zip(leaves, given, strict=True)):
+        arrays, treedef = jax.tree.flatten(one)
+        alone = i if jnp.size(one.p) >= STACKED else None
+        kinds[alone, leaf._replace(path=""), treedef, tuple(jnp.result_type(x) for x in arrays)].append(i)
+
+    turns = Turns()
+
+    def group(indices: list[int]) -> Group:
+        leaf = leaves[indices[0]]
+        some = tuple(_shaped(given[i]) for i in indices)
+        still = jnp.zeros(len(indices), bool) if given[indices[0]].g is None else None
+        return Group(leaf, tuple(indices), some, still, step(leaf), change, turns)
+
+    def parts(indices: list[int]) -> list[list[int]]:
+        most = max(
+            1, STACK // sum(jnp.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(given[indices[0]]))
+        )
+        return [indices[i : i + most] for i in range(0, len(indices), most)]
+
+    return [group(part) for indices in kinds.values() for part in parts(indices)]
+
+
+def _shaped(given: Given) -> Given:
+    """Scalars as vectors of one, and zeros for a gradient that is missing."""
+    p = jnp.atleast_1d(given.p)
+    return given._replace(g=jnp.zeros_like(p) if given.g is None else jnp.atleast_1d(given.g), p=p)

@@ -1,0 +1,132 @@
+"""In blocks, stacked or whole and one by one: the same updates, for every rule; and a wrong block is noticed."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_rules_contract import HORIZON, LOSS, RULES, built, tree
+
+from lopt import blocks, rules, tensor
+
+SHAPES = {"m": (12, 8), "r": (66,)}  # few: compiling is what these tests do
+ALL = ((100,), (66,), (12, 8), (7, 11), (2, 40), (3, 3, 4, 5), (2, 1, 3, 5, 3))
+WHOLE = 1 << 16
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def set_block(monkeypatch, elements):
+    monkeypatch.setattr(blocks, "BLOCK", elements)
+    blocks.cut.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_cuts():
+    yield
+    blocks.cut.cache_clear()
+
+
+def two_steps(name, shapes, dtype=np.float32, **bind):
+    rule, theta = built(name)
+    tx = rule.bind(theta, **{"num_steps": HORIZON, "weight_decay": 0.1} | bind)
+    params, state = tree(1, shapes, dtype), tx.init(tree(1, shapes, dtype))
+    update = jit(lambda *args: tx.update(*args, **LOSS))
+    for seed in (2, 3):
+        updates, state = update(tree(seed, shapes, dtype), state, params)
+        params = optax.apply_updates(params, updates)
+    return updates, state
+
+
+def close(ours, theirs, rtol=1e-4):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocks_change_nothing(name, monkeypatch):
+    expected = two_steps(name, SHAPES)
+    set_block(monkeypatch, 32)
+    assert all(blocks.cut(shape) for shape in SHAPES.values())
+    close(two_steps(name, SHAPES), expected)
+
+
+def test_what_is_not_cut():
+    for shape in ((2 * blocks.BLOCK // 3,), (1_000_003,), (100, 200)):
+        assert blocks.cut(shape) is None
+    for shape in ((50_257, 768), (3, 3, 512, 512), (10_000, 10_000), (30_522, 768), (2, 10**6)):
+        cut = blocks.cut(shape)
+        assert cut is not None
+        assert blocks.BLOCK / 32 < np.prod(cut.block) < blocks.BLOCK * 32
+
+
+def renewed(shape, cut):
+    """A sweep in place over a tensor, momenta that have an axis more, and a row that is not as long."""
+    rng = np.random.default_rng(0)
+    x, m, row = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, (2, *shape), (1,) * len(shape)))
+
+    def f(buffers, xs):
+        (x, m), row = buffers, xs
+        m = [0.5 * one + x * row for one in m]
+        m = tuple(m) if cut else jnp.stack(m)
+        return (x + m[1], m), {"mean": jnp.mean(m[0]), "last": jnp.mean(m[1], axis=-1, keepdims=True)}
+
+    measured = blocks.over(lambda *xs: (f(*xs)[0], ()), (x, m), row, cut, lambda new: jnp.mean(new[0] ** 2))
+    return *blocks.over(f, (x, m), row, cut), *measured
+
+
+@pytest.mark.parametrize("shape", ALL)
+def test_every_rank_in_blocks(shape, monkeypatch):
+    set_block(monkeypatch, 16)
+    cut = blocks.cut(shape)
+    assert cut is not None
+    assert cut.count > 1
+    assert cut.count * np.prod(cut.block) == np.prod(shape)
+    expected = renewed(shape, None)
+    close(renewed(shape, cut), expected)
+    monkeypatch.setattr(blocks.Cut, "count", property(lambda cut: int(np.prod(shape) // np.prod(cut.block)) - 1))
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        close(renewed(shape, cut), expected)
+
+
+@pytest.mark.parametrize("name", ["celo2", "small_fc", "velo"])
+@pytest.mark.parametrize("block", [WHOLE, 24])
+def test_stacks_change_nothing(name, block, monkeypatch):
+    """Five equal matrices and five equal vectors, by so many at once and then in loops over the stack."""
+    shapes = {f"m{i}": (4, 3) for i in range(5)} | {f"v{i}": (5,) for i in range(5)}
+    monkeypatch.setattr(tensor, "STACKED", 0)
+    expected = two_steps(name, shapes)
+    monkeypatch.undo()
+    set_block(monkeypatch, block)
+    close(two_steps(name, shapes), expected)
+
+
+def test_low_precision_in_blocks(monkeypatch):
+    expected = two_steps("small_fc", SHAPES, jnp.bfloat16)
+    set_block(monkeypatch, 16)
+    ours = two_steps("small_fc", SHAPES, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(ours[0])} == {jnp.dtype("bfloat16")}
+    close(*(jax.tree.map(lambda x: x.astype(np.float32), x) for x in (ours, expected)), rtol=1e-2)
+
+
+def test_blocks_under_transformations(monkeypatch):
+    """Over theta: vmap and gradient."""
+    rule = rules.make("mlp", hidden=16)  # wide compiles faster
+    theta = rule.init_theta(jax.random.key(7))
+    shapes = {"r": (66,), "a": (3, 2), "b": (3, 2)}
+    params, grads = tree(1, shapes), tree(2, shapes)
+
+    def loss(theta):
+        updates, _ = rule.bind(theta).update(grads, rule.bind(theta).init(params), params)
+        return 1e3 * sum(jnp.sum(u * p) for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True))
+
+    thetas = jax.tree.map(lambda x: jnp.stack([x, x + 0.01]), theta)
+
+    def results(block):
+        set_block(monkeypatch, block)
+        # New functions: the old ones would not be traced again.
+        return jit(lambda ts: jax.vmap(loss)(ts))(thetas), jit(lambda t: jax.grad(loss)(t))(theta)
+
+    close(results(16), results(WHOLE), rtol=1e-3)
