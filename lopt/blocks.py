@@ -10,10 +10,11 @@ a dynamic slice of any other axis of a large array.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 BLOCK = 1 << 16  # elements; measured: half as many are as good, twice as many up to a half slower
 
 
-class Cut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cut:
     """How a tensor, and what is shaped like it or reduced along some axes, is cut into equal blocks.
 
     Arrays that have one axis more than the tensor, in front, are seen as tuples if they are otherwise like it.
@@ -86,7 +88,8 @@ class Cut(NamedTuple):
         return [0] * lead + [s if n > 1 else 0 for s, n in zip(at, shape[lead:], strict=False)]
 
 
-class Stack(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stack:
     """How equal tensors in a stack are cut into as many at once; every array has the leading axis."""
 
     length: int
@@ -155,11 +158,15 @@ def over(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack | None, 
     Returns:
       The new buffers and the results.
     """
+    if cut is not None:
+        return _loop(f, buffers, xs, cut, measure)
+    new, results = f(buffers, xs)
+    results = measure(new) if measure else results
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), results
+
+
+def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measure: Any) -> tuple[Any, Any]:
     flat, treedef = jax.tree.flatten(buffers)
-    if cut is None:
-        new, results = f(buffers, xs)
-        results = measure(new) if measure else results
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), results
 
     def read(views: list[jax.Array], i: Any) -> Any:
         return treedef.unflatten([cut.read(view, i, x) for view, x in zip(views, flat, strict=True)])

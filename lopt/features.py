@@ -137,7 +137,8 @@ def move(
     """`Tensor.move` for a state of accumulators, f: `(g, p, acc, rows) -> (direction, acc)`."""
     if rows is None:
         return tensor.move(f, tensor.state, None, then)
-    acc, factored = tensor.state, {"row": None, "col": None}
+    acc = tensor.state
+    factored: dict[str, Any] = {"row": None, "col": None}
 
     def block(g, p, large, rows):
         direction, new = f(g, p, large, rows)
