@@ -36,4 +36,4 @@ def make(family: str, **settings) -> Task:
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"tasks.make: {family} has no setting {name!r}.{hint} valid: {', '.join(valid)}.")
-    return factory(**settings)
+    return factory(**settings)._replace(family=family)

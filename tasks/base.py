@@ -39,6 +39,7 @@ class Task(NamedTuple):
       version: bumped whenever the numbers a task produces change; caches are keyed by it.
       provenance: the data sets it draws from.
       init_loss: closed form of the expected loss at init (log classes …), or None.
+      family: name in `tasks.REGISTRY`, or "module:function" of a user's own; set by `tasks.make`.
     """
 
     data: Any
@@ -54,3 +55,4 @@ class Task(NamedTuple):
     version: int = 1
     provenance: tuple[Source, ...] = ()
     init_loss: float | None = None
+    family: str = ""

@@ -179,7 +179,7 @@ def classifier(
         metrics=metrics,
         eval_batches=eval_batches,
         name=f"{family}({ids}, {label}, {activation}, batch {batch_size}{spread})",
-        provenance=tuple(one.source for one in datasets),
+        provenance=tuple(source for one in datasets for source in one.provenance),
         init_loss=None if log10_init_scale else math.log(datasets[0].classes),
     )
 

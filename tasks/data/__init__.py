@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import io
 import json
+import lzma
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,77 +19,149 @@ import numpy as np
 from tasks.base import SPLITS, Source, Split
 
 FOLDER = Path(__file__).parent
-MAX_PIXEL = {"digits": 16, "mnist5k": 255}
-# size -> (zeros padded on each side, side of the square that is averaged)
+MAX_PIXEL = {"digits": 16, "fashion10k": 255, "mnist5k": 255, "rgb_patches": 255}
+# size -> (zeros padded on each side, or if negative what is cut off; side of the square that is averaged)
 POOLING: dict[str, dict[int, tuple[int, int]]] = {
     "digits": {8: (0, 1)},
-    "mnist5k": {8: (2, 4), 14: (0, 2), 28: (0, 1)},
+    "fashion10k": {8: (2, 4), 14: (0, 2), 16: (2, 2), 28: (0, 1)},
+    "mnist5k": {8: (2, 4), 14: (0, 2), 16: (2, 2), 28: (0, 1)},
+    "rgb_patches": {8: (0, 4), 16: (0, 2), 28: (-2, 1), 32: (0, 1)},
 }
+SOURCES = ("embedded",)
 
 
 class Dataset(NamedTuple):
     """A labelled data set in permuted order; its arrays are shared between callers and read-only."""
 
     x: np.ndarray  # [n, ...] float32; images in [0, 1], tabular features z-scored over the training split
-    y: np.ndarray  # [n] int32, class index
-    classes: int
+    y: np.ndarray  # [n] int32, class index; float32, z-scored over the training split, where classes is 0
+    classes: int  # 0: y is a number to be regressed
     splits: dict[Split, tuple[int, int]]  # rows start <= i < stop; they do not overlap
     source: Source
+    aliases: tuple[Source, ...] = ()  # embedded sets that have rows in common with this one
+
+    @property
+    def provenance(self) -> tuple[Source, ...]:
+        """What a task made of it has as its provenance."""
+        return (self.source, *self.aliases)
 
 
-def names() -> tuple[str, ...]:
-    """Names of the embedded data sets, sorted."""
-    return tuple(sorted(_manifest()))
+class Text(NamedTuple):
+    """A text as character ids; the splits are contiguous parts of it, cut where a verse or a file ends."""
+
+    tokens: np.ndarray  # [n] uint8, index in vocabulary; read-only
+    vocabulary: str  # characters in the order of their code points
+    splits: dict[Split, tuple[int, int]]  # tokens start <= i < stop; they do not overlap
+    source: Source
+    aliases: tuple[Source, ...] = ()  # embedded sets that have passages in common with this one
+
+    @property
+    def provenance(self) -> tuple[Source, ...]:
+        """What a task made of it has as its provenance."""
+        return (self.source, *self.aliases)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The characters of ids [n]."""
+        return "".join(self.vocabulary[i] for i in ids)
 
 
-@lru_cache
-def load(name: str) -> Dataset:
-    """The data set at its native shape.
+def names(kind: str = "") -> tuple[str, ...]:
+    """Names of the embedded data sets, sorted; of one kind ("images", "table", "text") if given."""
+    return tuple(sorted(name for name, entry in _manifest().items() if kind in ("", entry["kind"])))
 
-    Raises ValueError for an unknown name (the nearest known first) and for a missing or damaged file.
+
+def load(name: str, *, size: int | None = None, source: str = "embedded") -> Dataset | Text:
+    """A data set by name: images at a size (None: as they are), a table, or a text.
+
+    Args:
+      source: "embedded".
+
+    Raises ValueError for an unknown name (the nearest known first), size or source, and for a missing or damaged file.
     """
-    if name not in _manifest():
-        valid = difflib.get_close_matches(name, names(), n=len(names()), cutoff=0.0)
-        raise ValueError(f"tasks.data: unknown data set {name!r}; valid, nearest first: {', '.join(valid)}.")
-    entry = _manifest()[name]
-    stops = np.cumsum([entry["splits"][split] for split in SPLITS]).tolist()
-    splits = dict(zip(SPLITS, zip([0, *stops[:-1]], stops, strict=True), strict=True))
-    with np.load(io.BytesIO(_verified(entry["file"], entry["sha256"]))) as held:
-        x, y = held["x"].astype(np.float32), held["y"].astype(np.int32)
-    if name in MAX_PIXEL:
-        x /= MAX_PIXEL[name]
-    else:
-        train = x[slice(*splits["train"])]
-        x = (x - train.mean(0)) / train.std(0)
-    x.flags.writeable = y.flags.writeable = False
-    return Dataset(x, y, entry["classes"], splits, Source(name, entry["sha256"]))
+    kind = _entry(name, source)["kind"]
+    if kind == "text":
+        return text(name, source)
+    return _arrays(name) if size is None else images(name, size, source)
 
 
 @lru_cache
-def images(name: str, size: int) -> Dataset:
-    """An image set averaged down to [n, size, size], float32 in [0, 1].
+def images(name: str, size: int, source: str = "embedded") -> Dataset:
+    """An image set averaged down to [n, size, size], of colour [n, size, size, 3], float32 in [0, 1].
 
     Raises ValueError for a set that holds no images or has no such size, naming the valid ones.
     """
-    dataset = load(name)
-    if name not in POOLING:
-        raise ValueError(f"tasks.data: {name!r} holds no images; valid: {', '.join(POOLING)}.")
+    _of_kind(name, "images", source)
+    dataset = _arrays(name)
     if size not in POOLING[name]:
         raise ValueError(f"tasks.data: {name} size, got {size}; valid: {', '.join(map(str, POOLING[name]))}.")
     pad, side = POOLING[name][size]
-    x = np.pad(dataset.x, ((0, 0), (pad, pad), (pad, pad)))
-    x = x.reshape(-1, size, side, size, side).mean((2, 4))
+    x, rest = dataset.x, dataset.x.shape[3:]
+    margins = ((0, 0), (pad, pad), (pad, pad), *[(0, 0)] * len(rest))
+    x = x[:, -pad:pad, -pad:pad] if pad < 0 else np.pad(x, margins)
+    x = x.reshape(-1, size, side, size, side, *rest).mean((2, 4))
     x.flags.writeable = False
     return dataset._replace(x=x)
 
 
 def table(name: str) -> Dataset:
-    """A tabular set, x [n, features] z-scored. Raises ValueError for a set of images, naming the valid ones."""
-    dataset = load(name)
-    if name in POOLING:
-        valid = ", ".join(one for one in names() if one not in POOLING)
-        raise ValueError(f"tasks.data: {name!r} holds images; valid: {valid}.")
-    return dataset
+    """A tabular set, x [n, features] z-scored. Raises ValueError for another kind of set, naming the valid ones."""
+    _of_kind(name, "table", "embedded")
+    return _arrays(name)
+
+
+@lru_cache
+def text(name: str, source: str = "embedded") -> Text:
+    """A text. Raises ValueError for another kind of set, naming the valid ones."""
+    entry = _of_kind(name, "text", source)
+    codes = np.frombuffer(lzma.decompress(_verified(entry["file"], entry["sha256"])), np.uint8)
+    used = np.unique(codes)
+    ids = np.zeros(256, np.uint8)
+    ids[used] = np.arange(len(used))
+    tokens = ids[codes]
+    tokens.flags.writeable = False
+    return Text(tokens, "".join(map(chr, used)), _ranges(entry), Source(name, entry["sha256"]))
+
+
+@lru_cache
+def _arrays(name: str) -> Dataset:
+    """Images or a table at its native shape."""
+    entry = _entry(name, "embedded")
+    splits = _ranges(entry)
+    train = slice(*splits["train"])
+    with np.load(io.BytesIO(_verified(entry["file"], entry["sha256"]))) as held:
+        x = held["x"].astype(np.float32)
+        y = held["y"].astype(np.int32 if entry["classes"] else np.float32)
+    if name in MAX_PIXEL:
+        x /= MAX_PIXEL[name]
+    else:
+        x = (x - x[train].mean(0)) / x[train].std(0)
+    if not entry["classes"]:
+        y = (y - y[train].mean()) / y[train].std()
+    x.flags.writeable = y.flags.writeable = False
+    return Dataset(x, y, entry["classes"], splits, Source(name, entry["sha256"]))
+
+
+def _ranges(entry: dict) -> dict[Split, tuple[int, int]]:
+    stops = np.cumsum([entry["splits"][split] for split in SPLITS]).tolist()
+    return dict(zip(SPLITS, zip([0, *stops[:-1]], stops, strict=True), strict=True))
+
+
+def _entry(name: str, source: str) -> dict:
+    """Of the manifest. Raises ValueError for an unknown name or source."""
+    if source not in SOURCES:
+        raise ValueError(f"tasks.data: {name} source, got {source!r}; valid: {', '.join(SOURCES)}.")
+    if name not in _manifest():
+        valid = difflib.get_close_matches(name, names(), n=len(names()), cutoff=0.0)
+        raise ValueError(f"tasks.data: unknown data set {name!r}; valid, nearest first: {', '.join(valid)}.")
+    return _manifest()[name]
+
+
+def _of_kind(name: str, kind: str, source: str) -> dict:
+    entry = _entry(name, source)
+    if entry["kind"] != kind:
+        held = "a table" if entry["kind"] == "table" else entry["kind"]
+        raise ValueError(f"tasks.data: {name!r} holds {held}; valid: {', '.join(names(kind))}.")
+    return entry
 
 
 @lru_cache
