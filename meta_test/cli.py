@@ -6,6 +6,7 @@ import argparse
 import datetime
 import difflib
 import importlib.util
+import json
 import shlex
 import sys
 import time
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lopt.console import Parser, fail, prepare_jax, progress
-from meta_test.suites import SUITES
+from meta_test.suites import SUITES, Problem
 
+DEFAULT = "quickstart"
 FILES = ("comparison.json", "comparison.md", "comparison.png")
 
 
@@ -29,7 +31,12 @@ def _parser() -> argparse.ArgumentParser:
         f"print a table and write {', '.join(FILES)}.",
     )
     compare.add_argument("optimizer", metavar="OPTIMIZER", help="a shipped name or the folder of an artifact")
-    compare.add_argument("--suite", default="quickstart", help=f"one of: {', '.join(SUITES)} (default: %(default)s)")
+    compare.add_argument("--suite", help=f"one of: {', '.join(SUITES)} (default: {DEFAULT})")
+    compare.add_argument(
+        "--task", metavar="FAMILY", help="instead of a suite: a family, or one's own as package.module:function"
+    )
+    compare.add_argument("--task-settings", default="{}", metavar="JSON", help="of the family (default: %(default)s)")
+    compare.add_argument("--steps", type=int, default=1000, metavar="T", help="of --task (default: %(default)s)")
     compare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
     compare.add_argument("--force", action="store_true", help="replace a comparison that DIR holds")
@@ -67,6 +74,11 @@ def _list() -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for what can be refused before JAX starts."""
+    if args.task and args.suite:
+        raise ValueError("lopt-eval: got --suite and --task; valid: one of them.")
+    if args.task and args.steps < 10:
+        raise ValueError(f"lopt-eval: --steps, got {args.steps}; valid: an integer >= 10.")
+    args.suite = args.suite or DEFAULT
     if args.suite not in SUITES:
         near = difflib.get_close_matches(args.suite, SUITES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -92,8 +104,31 @@ def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:
     import lopt
 
     found = lopt.read(args.optimizer)
+    args.problems = SUITES[args.suite]
+    if args.task:
+        args.suite = args.task
+        args.problems = (_own_problem(args),)
     args.out.mkdir(parents=True, exist_ok=True)
     return found
+
+
+def _own_problem(args: argparse.Namespace) -> Problem:
+    """The problem of --task, which is made once to see that it can be. Raises ValueError."""
+    import tasks
+
+    try:
+        settings = json.loads(args.task_settings)
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"lopt-eval: --task-settings, got {args.task_settings!r}: {e}; valid: a JSON object."
+        ) from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"lopt-eval: --task-settings, got {args.task_settings!r}; valid: a JSON object.")
+    settings = tasks.pin(args.task, settings)
+    tasks.make(args.task, **settings)
+    return Problem(
+        args.task, settings, args.steps, "named by --task; what it has to do with meta-training is not known"
+    )
 
 
 def _compare(args: argparse.Namespace, rule: Any, theta: Any) -> int:
@@ -116,9 +151,7 @@ def _compare(args: argparse.Namespace, rule: Any, theta: Any) -> int:
             if fraction >= 0.01:  # before, the ETA would be a guess
                 tell(int(100 * fraction), note)
 
-        results = compare.compare(
-            label, rule, theta, SUITES[args.suite], seeds=args.seeds, lrs=compare.LRS, report=said
-        )
+        results = compare.compare(label, rule, theta, args.problems, seeds=args.seeds, lrs=compare.LRS, report=said)
     about["wall_seconds"] = round(time.monotonic() - began, 1)
     tables, line = [report.table(result) for result in results], report.summary(results)
     contents = (

@@ -60,7 +60,7 @@ def _require(ok: bool, where: str, got: Any, valid: str) -> None:
 class Group:
     """Tasks that share one compiled program."""
 
-    family: str  # of tasks.REGISTRY
+    family: str  # of tasks.REGISTRY, or a user's own as package.module:function
     settings: Settings = field(default_factory=dict)  # arguments of its factory
     weight: float = 1.0  # of the group's gradient in the average
     reference_loss: float = 0.0  # what a good optimizer reaches on it, where the run has normalise = "reference"
@@ -231,6 +231,7 @@ class Run:
     meta_steps: int = 1000
     init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
     freeze: tuple[str, ...] = ()  # parts of theta that are not meta-trained, by dotted path, e.g. "bank"
+    allow_held_out: bool = False  # meta-train on what tasks.HELD_OUT keeps for evaluation
     skip_limit: float = 0.1  # share of meta-gradients that are not finite at which a run stops
     seed: int = 0
     log_every: int = 20  # meta-steps
@@ -301,9 +302,10 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
         elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
             _require(isinstance(value, (list, tuple)), here, repr(value), "a list")
             value = tuple(_build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))
-        elif hint in (int, float, str):
+        elif hint in (int, float, str, bool):
             allowed = (int, float) if hint is float else (hint,)
-            _require(isinstance(value, allowed) and not isinstance(value, bool), here, repr(value), hint.__name__)
+            ok = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+            _require(ok, here, repr(value), hint.__name__)
         values[key] = value
     missing = [
         f.name
@@ -322,6 +324,9 @@ def command(run: Run) -> str:
     for key, value in _flat(run.to_json()).items():
         if default.get(key, value) != value or key not in default:
             value = json.dumps(value) if isinstance(value, dict) or key == "validation.tasks" else value
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{key.replace('_', '-')}")
+                continue
             words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import re
 import shlex
@@ -56,6 +57,9 @@ class Launch:
 
     run: Annotated[cfg.Run, tyro.conf.arg(name="")]
     join: Annotated[Join, tyro.conf.arg(name="")] = Join()
+    # One's own family as package.module:function instead of the config's groups; may be repeated. Settings are those of
+    # groups.0, groups.1, ... The current directory is on the import path, at its end.
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: str = ""  # run directory; must not exist. Default: the first free runs/NAME, runs/NAME-2, ...
     dry_run: bool = False  # say what the run would be, how fast and how long, and write nothing
     profile: bool = False  # write a JAX trace of some meta-steps into the run directory
@@ -102,7 +106,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(name: str, args: list[str]) -> Launch:
     """A named config with keys replaced by the command line. Raises ValueError in one line."""
-    return _cli(Launch, args, f"lopt-train {name}", default=Launch(cfg.load(name)))
+    run = cfg.load(name)
+    # Before the rest is parsed, since the keys of groups are there for as many groups as there are.
+    own = [b for a, b in itertools.pairwise(args) if a == "--task"]
+    own += [word.removeprefix("--task=") for word in args if word.startswith("--task=")]
+    if own:
+        run = dataclasses.replace(run, groups=tuple(cfg.Group(family) for family in own))
+    return _cli(Launch, args, f"lopt-train {name}", default=Launch(run))
+
+
+def _pinned(run: cfg.Run) -> cfg.Run:
+    """The run as it is recorded: with the data that its sources serve."""
+    prepare_jax()
+    from meta_train import groups
+
+    return groups.pinned(run)
 
 
 def _cli(kind: type[T], args: list[str], program: str, default: Any = tyro.MISSING_NONPROP) -> T:
@@ -127,6 +145,7 @@ def _one_line(box: str) -> str:
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
+    launch = dataclasses.replace(launch, run=_pinned(launch.run))
     if launch.dry_run:
         program = _build(_in_one_place(launch.run))
         from meta_train import dry_run

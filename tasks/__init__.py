@@ -8,8 +8,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from tasks.base import SPLITS, Source, Split, Task
+from tasks.data import PREFIX, resolve
+from tasks.held_out import DEV, HELD_OUT, Reserved
 
 REGISTRY: dict[str, str] = {
     "cnn": "tasks.cnn",
@@ -17,23 +23,80 @@ REGISTRY: dict[str, str] = {
     "tabular_mlp": "tasks.tabular_mlp",
 }
 
-__all__ = ["REGISTRY", "SPLITS", "Source", "Split", "Task", "make"]
+__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin"]
 
 
 def make(family: str, **settings) -> Task:
-    """Build a task of a registered family.
+    """Build a task.
 
-    Raises ValueError naming the nearest valid family or setting.
+    Args:
+      family: of REGISTRY, or a user's own as "package.module:function"; the current directory is then appended to the
+        import path, so that nothing installed is shadowed. Own tasks are checked by `tasks.check`.
+      settings: arguments of the family's factory. For families that take `data` there is also `source`: "embedded",
+        "tfds" or "auto", see `tasks.data.load`.
+
+    Raises ValueError naming the nearest valid family or setting, or what is wrong with an own task.
     """
-    if family not in REGISTRY:
-        near = difflib.get_close_matches(family, REGISTRY, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"tasks.make: unknown family {family!r}.{hint} valid: {', '.join(sorted(REGISTRY))}.")
-    factory = getattr(importlib.import_module(REGISTRY[family]), family)
-    valid = list(inspect.signature(factory).parameters)
+    factory = _factory(family)
+    task = factory(**pin(family, settings))
+    if ":" in family:
+        if not isinstance(task, Task):
+            raise ValueError(f"tasks.make: {family} returned a {type(task).__name__}; valid: a tasks.Task.")
+        from tasks.check import check
+
+        check(task)
+    return task._replace(family=task.family or family)
+
+
+def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that build the same task wherever they are read: `source` has gone into the names of `data`.
+
+    "auto" is replaced by what it serves here and now; data sets of TFDS get their version and sha256.
+    """
+    parameters = inspect.signature(_factory(family)).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    valid = [*parameters, *(["source"] if "data" in parameters and "source" not in parameters else [])]
     for name in settings:
-        if name not in valid:
+        if name not in valid and not open_ended:
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"tasks.make: {family} has no setting {name!r}.{hint} valid: {', '.join(valid)}.")
-    return factory(**settings)._replace(family=family)
+    settings = dict(settings)
+    if "source" not in parameters and "data" in parameters:
+        source, names = settings.pop("source", None), settings.get("data", parameters["data"].default)
+        several = [names] if isinstance(names, str) else list(names)
+        if source is not None or any(isinstance(name, str) and name.startswith(PREFIX) for name in several):
+            served = [resolve(name, source or "embedded") for name in several]
+            settings["data"] = served[0] if isinstance(names, str) else served
+    return settings
+
+
+def _factory(family: str) -> Callable[..., Any]:
+    if ":" in family:
+        return _own(family)
+    if family not in REGISTRY:
+        near = difflib.get_close_matches(family, REGISTRY, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"tasks.make: unknown family {family!r}.{hint} valid: {', '.join(sorted(REGISTRY))}, or module:function."
+        )
+    return getattr(importlib.import_module(REGISTRY[family]), family)
+
+
+def _own(spec: str) -> Callable[..., Any]:
+    """A user's factory. Raises ValueError for a module or a function that is not there or cannot be imported."""
+    module, _, name = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        held = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"tasks.make: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
+        ) from error
+    factory = getattr(held, name, None)
+    if not callable(factory):
+        near = [n for n in vars(held) if callable(getattr(held, n)) and not n.startswith("_")]
+        raise ValueError(f"tasks.make: {spec}: {module} has no function {name!r}; valid: {', '.join(near) or 'none'}.")
+    return factory

@@ -181,6 +181,7 @@ def classifier(
         name=f"{family}({ids}, {label}, {activation}, batch {batch_size}{spread})",
         provenance=tuple(source for one in datasets for source in one.provenance),
         init_loss=None if log10_init_scale else math.log(datasets[0].classes),
+        family=family,
     )
 
 

@@ -162,7 +162,7 @@ def test_a_missing_file_is_refused(copied):
         (lambda: data.images("breast_cancer", 8), "holds a table; valid: digits, fashion10k, mnist5k, rgb"),
         (lambda: data.table("digits"), "holds images; valid: breast_cancer, diabetes, wine"),
         (lambda: data.text("digits"), "holds images; valid: kjv, python_source"),
-        (lambda: data.load("kjv", source="web"), "kjv source, got 'web'; valid: embedded"),
+        (lambda: data.load("kjv", source="web"), "kjv source, got 'web'; valid: embedded, tfds, auto"),
     ],
 )
 def test_errors_name_the_valid(call, message):

@@ -21,7 +21,7 @@ ALLOWED = {
 REGISTRIES = {
     "lopt/rules": ("lopt.rules", set()),
     "meta_train/estimators": ("meta_train.estimators", {"base", "unroll"}),
-    "tasks": ("tasks", {"base", "supervised"}),
+    "tasks": ("tasks", {"adapters", "base", "check", "held_out", "supervised"}),
 }
 
 

@@ -1,6 +1,7 @@
 """Data sets inside the package: nothing is fetched, every file's sha256 is verified when it is read.
 
-`manifest.json` says for each where it comes from; `python -m tasks.data.build` makes the files.
+`manifest.json` says for each where it comes from; `python -m tasks.data.build` makes the files. Sets that TFDS has
+prepared are read by tasks.data.tfds; their names begin with "tfds:".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import difflib
 import hashlib
 import io
 import json
+import logging
 import lzma
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 from tasks.base import SPLITS, Source, Split
 
 FOLDER = Path(__file__).parent
+PREFIX = "tfds:"
 MAX_PIXEL = {"digits": 16, "fashion10k": 255, "mnist5k": 255, "rgb_patches": 255}
 # size -> (zeros padded on each side, or if negative what is cut off; side of the square that is averaged)
 POOLING: dict[str, dict[int, tuple[int, int]]] = {
@@ -27,7 +30,9 @@ POOLING: dict[str, dict[int, tuple[int, int]]] = {
     "mnist5k": {8: (2, 4), 14: (0, 2), 16: (2, 2), 28: (0, 1)},
     "rgb_patches": {8: (0, 4), 16: (0, 2), 28: (-2, 1), 32: (0, 1)},
 }
-SOURCES = ("embedded",)
+SOURCES = ("embedded", "tfds", "auto")
+FALLBACKS = {"fashion_mnist": "fashion10k", "mnist": "mnist5k"}  # what "auto" serves where TFDS has not prepared a set
+log = logging.getLogger(__name__)
 
 
 class Dataset(NamedTuple):
@@ -70,27 +75,79 @@ def names(kind: str = "") -> tuple[str, ...]:
     return tuple(sorted(name for name, entry in _manifest().items() if kind in ("", entry["kind"])))
 
 
+def sha256(name: str) -> str:
+    """Of an embedded set's file."""
+    return _entry(name)["sha256"]
+
+
+def channels(name: str) -> int:
+    """Of an embedded image set: 1, or 3 of colour."""
+    return (*_entry(name)["shape"], 1)[3]
+
+
 def load(name: str, *, size: int | None = None, source: str = "embedded") -> Dataset | Text:
-    """A data set by name: images at a size (None: as they are), a table, or a text.
+    """A data set by name: images at a size, a table, or a text.
 
     Args:
-      source: "embedded".
+      size: images are size × size; None: an embedded set as it is, or a text of TFDS.
+      source: "embedded"; "tfds": prepared by TFDS, or an error that says how; "auto": by TFDS if it is prepared there,
+        or else embedded, under its own name (mnist5k for mnist). See `resolve`.
 
     Raises ValueError for an unknown name (the nearest known first), size or source, and for a missing or damaged file.
     """
-    kind = _entry(name, source)["kind"]
-    if kind == "text":
-        return text(name, source)
-    return _arrays(name) if size is None else images(name, size, source)
+    name = resolve(name, source)
+    if size is not None:
+        return images(name, size)
+    if name.startswith(PREFIX) or _entry(name)["kind"] == "text":
+        return text(name)
+    return _arrays(name)
 
 
-@lru_cache
+def resolve(name: str, source: str) -> str:
+    """The name that says which source serves a set and what it holds, for configs; it means the same to every source.
+
+    >>> resolve("digits", "embedded"), resolve("digits", "auto")
+    ('digits', 'digits')
+
+    Raises ValueError for an unknown source, or for one that has no such set.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"tasks.data: {name} source, got {source!r}; valid: {', '.join(SOURCES)}.")
+    if name.startswith(PREFIX):
+        source = "tfds"  # the name says so itself
+    if source == "embedded":
+        _entry(name)
+        return name
+    from tasks.data import tfds
+
+    if source == "auto" and not tfds.readable(name):
+        plain = name.split(":")[0].split("/")[0]
+        served = FALLBACKS.get(plain, plain)
+        _entry(served)
+        log.info("data %s: %s, which is embedded; TFDS has none that can be read in %s", name, served, tfds.data_dir())
+        return served
+    served = tfds.pinned(name)
+    if served != name:
+        log.info("data %s: %s of %s", name, served, tfds.data_dir())
+    return served
+
+
 def images(name: str, size: int, source: str = "embedded") -> Dataset:
     """An image set averaged down to [n, size, size], of colour [n, size, size, 3], float32 in [0, 1].
 
     Raises ValueError for a set that holds no images or has no such size, naming the valid ones.
     """
-    _of_kind(name, "images", source)
+    name = resolve(name, source)
+    if name.startswith(PREFIX):
+        from tasks.data import tfds
+
+        return tfds.images(name, size)
+    return _images(name, size)
+
+
+@lru_cache
+def _images(name: str, size: int) -> Dataset:
+    _of_kind(name, "images")
     dataset = _arrays(name)
     if size not in POOLING[name]:
         raise ValueError(f"tasks.data: {name} size, got {size}; valid: {', '.join(map(str, POOLING[name]))}.")
@@ -105,14 +162,23 @@ def images(name: str, size: int, source: str = "embedded") -> Dataset:
 
 def table(name: str) -> Dataset:
     """A tabular set, x [n, features] z-scored. Raises ValueError for another kind of set, naming the valid ones."""
-    _of_kind(name, "table", "embedded")
+    _of_kind(name, "table")
     return _arrays(name)
 
 
-@lru_cache
 def text(name: str, source: str = "embedded") -> Text:
     """A text. Raises ValueError for another kind of set, naming the valid ones."""
-    entry = _of_kind(name, "text", source)
+    name = resolve(name, source)
+    if name.startswith(PREFIX):
+        from tasks.data import tfds
+
+        return tfds.text(name)
+    return _text(name)
+
+
+@lru_cache
+def _text(name: str) -> Text:
+    entry = _of_kind(name, "text")
     codes = np.frombuffer(lzma.decompress(_verified(entry["file"], entry["sha256"])), np.uint8)
     used = np.unique(codes)
     ids = np.zeros(256, np.uint8)
@@ -125,7 +191,7 @@ def text(name: str, source: str = "embedded") -> Text:
 @lru_cache
 def _arrays(name: str) -> Dataset:
     """Images or a table at its native shape."""
-    entry = _entry(name, "embedded")
+    entry = _entry(name)
     splits = _ranges(entry)
     train = slice(*splits["train"])
     with np.load(io.BytesIO(_verified(entry["file"], entry["sha256"]))) as held:
@@ -146,18 +212,16 @@ def _ranges(entry: dict) -> dict[Split, tuple[int, int]]:
     return dict(zip(SPLITS, zip([0, *stops[:-1]], stops, strict=True), strict=True))
 
 
-def _entry(name: str, source: str) -> dict:
-    """Of the manifest. Raises ValueError for an unknown name or source."""
-    if source not in SOURCES:
-        raise ValueError(f"tasks.data: {name} source, got {source!r}; valid: {', '.join(SOURCES)}.")
+def _entry(name: str) -> dict:
+    """Of the manifest. Raises ValueError for an unknown name, the nearest known first."""
     if name not in _manifest():
         valid = difflib.get_close_matches(name, names(), n=len(names()), cutoff=0.0)
         raise ValueError(f"tasks.data: unknown data set {name!r}; valid, nearest first: {', '.join(valid)}.")
     return _manifest()[name]
 
 
-def _of_kind(name: str, kind: str, source: str) -> dict:
-    entry = _entry(name, source)
+def _of_kind(name: str, kind: str) -> dict:
+    entry = _entry(name)
     if entry["kind"] != kind:
         held = "a table" if entry["kind"] == "table" else entry["kind"]
         raise ValueError(f"tasks.data: {name!r} holds {held}; valid: {', '.join(names(kind))}.")

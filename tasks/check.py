@@ -1,0 +1,216 @@
+"""Says what is wrong with a task, in words, before an optimizer fails on it far away."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tasks.base import SPLITS, Task
+
+ARGUMENTS = {
+    "sample": ("key",),
+    "init": ("key", "phi"),
+    "batch": ("key", "phi", "data", "split"),
+    "loss": ("params", "key", "phi", "batch"),
+    "metrics": ("params", "key", "phi", "batch"),
+    "eval_batches": ("phi", "data", "split"),
+    "value_and_grad": ("params", "key", "phi", "batch"),
+}
+OPTIONAL = ("metrics", "eval_batches", "value_and_grad")
+MAX_CONSTANTS = 2**16  # numbers in a traced program that are not its arguments
+STATE = ("batch_stats", "cache", "intermediates")  # collections of flax that training changes
+
+
+class _WrongError(Exception):
+    """What is wrong, where nothing that comes later can be judged."""
+
+
+def check(task: Task) -> None:
+    """Raise ValueError that lists what is wrong with a task; return None if nothing was found.
+
+    Everything is traced under jit and vmap, one gradient is taken at init, and the same keys are used twice. Nothing is
+    said of how well it trains.
+    """
+    wrong = problems(task)
+    if wrong:
+        listed = "; ".join(wrong)
+        raise ValueError(f"tasks.check: {getattr(task, 'name', '') or 'the task'}: {listed}.")
+
+
+def problems(task: Task) -> list[str]:
+    """What is wrong with a task, a phrase each; a part that fails hides what depends on it."""
+    found: list[str] = []
+    if not isinstance(task, Task):
+        return [f"it is a {type(task).__name__}; valid: a tasks.Task"]
+    try:
+        for phrase in _phrases(task):
+            found.append(phrase)
+    except _WrongError as error:
+        found.append(str(error))
+    return found
+
+
+def _phrases(task: Task) -> Iterator[str]:
+    signatures = list(_signatures(task))
+    yield from signatures
+    if signatures:
+        return
+    for path, leaf in jax.tree.leaves_with_path(task.data):
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            yield f"data{jax.tree_util.keystr(path)} is a {type(leaf).__name__}; valid: an array, or no data: ()"
+            return
+    key = jax.random.key(0)
+    phi = _shapes("sample", task.sample, key)
+    params = _shapes("init", task.init, key, phi)
+    yield from _params(params)
+    batches = {split: _shapes("batch", task.batch, key, phi, task.data, split) for split in SPLITS}
+    for split in SPLITS[1:]:
+        if _layout(batches[split]) != _layout(batches["train"]):
+            wanted = _layout(batches["train"])
+            yield f"batch: the {split} split has {_layout(batches[split])}; valid: {wanted}, as train"
+    loss = _shapes("loss", task.loss, params, key, phi, batches["train"])
+    if not _is_scalar(loss):
+        yield f"loss has {_layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
+        return
+    yield from _optional(task, params, key, phi, batches["train"])
+    yield from _values(task)
+
+
+def _signatures(task: Task) -> Iterator[str]:
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(task, name)
+        if function is None and name in OPTIONAL:
+            continue
+        if not callable(function):
+            yield f"{name} is a {type(function).__name__}; valid: a function of ({', '.join(arguments)})"
+            continue
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # of a builtin: it will say so when it is called
+            continue
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            yield f"{name} takes {signature}; valid: ({', '.join(arguments)})"
+
+
+def _params(params: Any) -> Iterator[str]:
+    leaves = jax.tree.leaves_with_path(params)
+    if not leaves:
+        raise _WrongError("init returns no params; valid: a pytree with at least one array")
+    keys = {str(getattr(part, "key", getattr(part, "name", ""))) for path, _ in leaves for part in path}
+    state = sorted(keys & set(STATE))
+    if state:
+        listed = ", ".join(state)
+        yield f"params hold {listed}, which a model changes by itself; valid: GroupNorm or LayerNorm, no BatchNorm"
+    for path, leaf in leaves:
+        name = f"params{jax.tree_util.keystr(path)}"
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            yield f"{name} is {leaf.dtype}; valid: a floating type, other numbers go into phi"
+        elif getattr(leaf, "weak_type", False):
+            yield f"{name} has a weak type, which an update would change; valid: jnp.asarray(x, jnp.float32)"
+
+
+def _optional(task: Task, params: Any, key: Any, phi: Any, batch: Any) -> Iterator[str]:
+    if task.metrics is not None:
+        found = _shapes("metrics", task.metrics, params, key, phi, batch)
+        if not isinstance(found, dict) or not all(getattr(leaf, "shape", None) == () for leaf in found.values()):
+            yield f"metrics has {_layout(found)}; valid: a dict of scalars"
+    if task.eval_batches is not None:
+        for split in SPLITS:
+            held = _shapes("eval_batches", task.eval_batches, phi, task.data, split)
+            counts = {leaf.shape[:1] for leaf in jax.tree.leaves(held)}
+            if len(counts) > 1 or () in counts:
+                yield f"eval_batches: {split} has {_layout(held)}; valid: a leading axis of batches on each leaf"
+                return
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), held)
+            loss = _shapes(f"loss of eval_batches ({split})", task.loss, params, key, phi, one)
+            if not _is_scalar(loss):
+                yield f"loss of eval_batches ({split}) has {_layout(loss)}; valid: a scalar of shape ()"
+    if task.value_and_grad is not None:
+        found = _shapes("value_and_grad", task.value_and_grad, params, key, phi, batch)
+        if not isinstance(found, tuple) or len(found) != 2 or not _is_scalar(found[0]):
+            yield f"value_and_grad has {_layout(found)}; valid: (scalar, gradient like params)"
+        elif _layout(found[1]) != _layout(params):
+            yield f"value_and_grad's gradient has {_layout(found[1])}; valid: that of params, {_layout(params)}"
+
+
+def _values(task: Task) -> Iterator[str]:
+    """What only numbers show: constants, NaN, impurity."""
+
+    def step(key: Any, data: Any) -> Any:
+        phi_key, init_key, batch_key, loss_key = jax.random.split(key, 4)
+        phi = task.sample(phi_key)
+        params = task.init(init_key, phi)
+        batch = task.batch(batch_key, phi, data, "train")
+        return params, *(task.value_and_grad or jax.value_and_grad(task.loss))(params, loss_key, phi, batch)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    traced = _guard("its step", jax.make_jaxpr(step), keys[0], task.data)
+    baked = sum(math.prod(np.shape(constant)) for constant in traced.consts)
+    if baked > MAX_CONSTANTS:
+        yield (
+            f"{baked:,} numbers are closed over and would be copied into every compiled program; valid: pass them in "
+            "`data`, which the functions receive as an argument"
+        )
+    again = jax.make_jaxpr(lambda *given: step(*given))(keys[0], task.data)  # a new function is traced anew
+    constants = zip(traced.consts, again.consts, strict=False)
+    same = str(traced) == str(again) and all(np.array_equal(a, b, equal_nan=True) for a, b in constants)
+    if not same:
+        yield "the same key gives another result when traced again; valid: randomness from the key alone, no NumPy's"
+    together = jax.jit(jax.vmap(step, in_axes=(0, None)))
+    params, loss, grad = jax.device_get(_guard("its step under vmap", together, keys, task.data))
+    for name, tree in (("params", params), ("loss", loss), ("the gradient", grad)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not np.isfinite(leaf).all():
+                yield f"{name}{jax.tree_util.keystr(path)} is not finite at init; valid: finite numbers"
+    if all(not np.any(leaf) for leaf in jax.tree.leaves(grad)):
+        yield "the gradient at init is zero everywhere; valid: a loss that depends on params"
+
+
+def _shapes(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    static = [isinstance(argument, str) for argument in arguments]
+    arrays = [argument for argument, fixed in zip(arguments, static, strict=True) if not fixed]
+
+    def call(*given: Any) -> Any:
+        rest = iter(given)
+        full = [a if fixed else next(rest) for a, fixed in zip(arguments, static, strict=True)]
+        return function(*full)
+
+    return _guard(where, lambda *given: jax.eval_shape(call, *given), *arrays)
+
+
+def _guard(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns. Raises _WrongError in one line."""
+    try:
+        return function(*arguments)
+    except jax.errors.TracerArrayConversionError:
+        raise _WrongError(f"{where} uses NumPy on what jit traces; valid: jax.numpy") from None
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerBoolConversionError) as error:
+        line = str(error).split("\n")[0][:160]
+        raise _WrongError(
+            f"{where} needs a number that jit does not know yet ({line}); valid: jnp.where, lax.cond"
+        ) from None
+    except Exception as error:  # whatever a user's function raises
+        line = " ".join(str(error).split())[:240]
+        raise _WrongError(f"{where} raised {type(error).__name__}: {line}") from error
+
+
+def _is_scalar(tree: Any) -> bool:
+    return getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.floating)
+
+
+def _layout(tree: Any) -> str:
+    """Shapes and dtypes, for messages and comparisons."""
+    leaves = jax.tree.leaves_with_path(tree)
+    words = []
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path)
+        words.append(f"{name} {leaf.dtype}{list(leaf.shape)}".strip() if hasattr(leaf, "shape") else f"{name} {leaf!r}")
+    return "{" + ", ".join(words) + "}" if len(words) != 1 or words[0].startswith(("[", ".")) else f"shape {words[0]}"

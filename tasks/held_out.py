@@ -1,0 +1,242 @@
+"""What shipped optimizers never met: data sets and families, recognised by provenance and by content.
+
+Names alone would be blind: TFDS serves Fashion-MNIST's test file under another name, a wrapper builds a new Task, a
+user's factory loads arrays of its own. So a task is asked four things: the ids and sha256 in its provenance; its
+family, and the families whose functions its own functions reach through closures; and whether the rows or passages of
+its `data` are those of a held-out set. The last survives another scale, offset or vocabulary, order and subsets; it
+does not survive augmentation, other resizing, or normalising pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tasks import data
+from tasks.base import Source, Task
+
+
+class Reserved(NamedTuple):
+    """Data sets and families that are kept for one use."""
+
+    data: tuple[str, ...]  # of tasks.data
+    families: tuple[str, ...]  # of tasks.REGISTRY
+
+
+# For judging finished candidates only.
+HELD_OUT = Reserved(
+    ("fashion10k", "python_source", "rgb_patches"), ("coordinate_mlp", "diffusion", "graph_network", "vit")
+)
+# For choosing recipes: neither meta-trained on nor judged on.
+DEV = Reserved(("breast_cancer", "diabetes"), ("tabular_mlp",))
+# Names of sets elsewhere that contain one of ours, in any version.
+ALIASES = {"fashion_mnist": "fashion10k", "mnist": "mnist5k"}
+
+SHARE = 0.01  # of rows or windows that must be found before a set is said to be inside another
+LEVELS, OFFSET = 255.0, 0.3719  # a grid that no round number lies on an edge of, so that rounding noise does not matter
+LEAST_VALUES = 8  # different ones in a row: plain ones could be anybody's
+WINDOW, SAMPLED = 64, 16  # tokens; of the windows one in so many is looked at
+MOST_ROWS, MOST_TOKENS = 20_000, 2**23  # that are looked at, spread over what there is
+LEAST_TOKENS = 24  # different ones in a text: fewer are labels
+LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools"}
+
+
+def fingerprints(rows: np.ndarray) -> np.ndarray:
+    """Hashes [m] of rows [n, d], m <= n, that do not change with the unit or the zero of their numbers.
+
+    Rows that are not finite or have fewer than LEAST_VALUES different values are left out.
+    """
+    rows = np.asarray(rows, np.float64)
+    low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+    with np.errstate(all="ignore"):
+        grid = (rows - low) / (high - low) * LEVELS + OFFSET
+    kept = np.isfinite(grid).all(1)
+    grid = grid[kept].astype(np.uint8)
+    ordered = np.sort(grid, 1)
+    grid = grid[(np.diff(ordered, axis=1) > 0).sum(1) + 1 >= LEAST_VALUES]
+    return grid.astype(np.uint64) @ _odd(grid.shape[1])
+
+
+@functools.cache
+def _odd(count: int) -> np.ndarray:
+    """Random odd numbers [count]: their sum over equal bytes, modulo 2^64, is equal."""
+    return np.random.RandomState(0).randint(0, 2**63, count, np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def passages(tokens: np.ndarray) -> np.ndarray:
+    """Hashes of one in SAMPLED of the windows of tokens [n], such that the vocabulary does not matter.
+
+    A token counts as its distance from the last one that was the same, 0 where that is too far. Windows most of whose
+    tokens repeat the one before (blanks, margins of images) are left out. Which are sampled their hash decides, so that
+    equal texts are sampled alike.
+    """
+    order = np.argsort(tokens, kind="stable")
+    apart = np.diff(order)
+    same = np.diff(tokens[order].astype(np.int64)) == 0
+    distance = np.zeros(len(tokens), np.uint64)
+    distance[order[1:]] = np.where(same & (apart < WINDOW // 2), apart, 0)
+    # The first half of a window only says what the second half refers to.
+    runs = np.cumsum(np.append(0, distance == 1))
+    hashes, factor, span = distance + np.uint64(1), np.uint64(0x9E3779B97F4A7C15), 1
+    with np.errstate(over="ignore"):
+        while span < WINDOW // 2:
+            hashes = hashes[:-span] * factor + hashes[span:]
+            factor, span = factor * factor, 2 * span
+    varied = runs[WINDOW // 2 :] - runs[: -WINDOW // 2] < WINDOW // 4
+    hashes = hashes[varied[: len(hashes)]][WINDOW // 2 :]
+    return hashes[hashes >> np.uint64(32) & np.uint64(SAMPLED - 1) == 0]
+
+
+@functools.cache
+def _known_rows(length: int) -> dict[str, np.ndarray]:
+    """Held-out image set -> hashes of its rows at the size at which they have `length` numbers."""
+    known = {}
+    for name in set(HELD_OUT.data) & set(data.POOLING):
+        channels = data.channels(name)
+        for size in data.POOLING[name]:
+            if size * size * channels == length:
+                known[name] = fingerprints(data.images(name, size).x.reshape(-1, length))
+    return known
+
+
+@functools.cache
+def _known_passages() -> dict[str, np.ndarray]:
+    texts = [name for name in HELD_OUT.data if name in data.names("text")]
+    return {name: passages(data.text(name).tokens) for name in texts}
+
+
+def inside(tree: Any) -> tuple[str, ...]:
+    """Names of the held-out data sets whose content is in a pytree of arrays."""
+    import jax
+
+    found = set()
+    for leaf in jax.tree.leaves(tree):
+        if not hasattr(leaf, "shape") or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            continue
+        for axis in range(len(leaf.shape)):
+            known = _known_rows(math.prod(leaf.shape[axis:]))
+            if known and leaf.size:
+                rows = np.asarray(leaf).reshape(-1, math.prod(leaf.shape[axis:]))
+                hashes = fingerprints(rows[:: -(-len(rows) // MOST_ROWS)])
+                found |= {name for name, theirs in known.items() if _share(hashes, theirs) > SHARE}
+        if np.issubdtype(leaf.dtype, np.integer) and leaf.size >= 4 * WINDOW:
+            tokens = np.asarray(leaf).reshape(-1)
+            if len(tokens) > MOST_TOKENS:  # some pages of each part
+                pages = tokens[: len(tokens) // 4096 * 4096].reshape(-1, 4096)
+                tokens = pages[:: -(-len(tokens) // MOST_TOKENS)].reshape(-1)
+            if len(np.unique(tokens)) >= LEAST_TOKENS:
+                hashes = passages(tokens)
+                found |= {name for name, theirs in _known_passages().items() if _share(hashes, theirs) > SHARE}
+    return tuple(sorted(found))
+
+
+def _share(hashes: np.ndarray, known: np.ndarray) -> float:
+    return float(np.isin(hashes, known).mean()) if len(hashes) else 0.0
+
+
+def aliases(source: Source) -> tuple[str, ...]:
+    """Names of embedded sets that a source is, or contains by its name or sha256.
+
+    >>> aliases(Source("tfds:fashion_mnist:3.0.1", "")), aliases(Source("mine", ""))
+    (('fashion10k',), ())
+    """
+    plain = source.id.removeprefix("tfds:").split(":")[0].split("/")[0]
+    entries = {name: data.sha256(name) for name in data.names()}
+    by_name = {ALIASES.get(plain, plain)} & set(entries)
+    return tuple(sorted(by_name | {name for name, sha256 in entries.items() if sha256 == source.sha256}))
+
+
+class Trace(NamedTuple):
+    """Where a task comes from."""
+
+    data: tuple[str, ...]  # names in tasks.data, and of HELD_OUT.data those found by content
+    families: tuple[str, ...]
+
+
+def trace(task: Task) -> Trace:
+    """The embedded data and the registered families that a task is made of, however it is wrapped."""
+    found, families = set(inside(task.data)), set()
+    for one in _reach(task):
+        if isinstance(one, Task):
+            families.add(one.family)
+            found.update(name for source in one.provenance for name in aliases(source))
+        elif isinstance(one, types.FunctionType) and one.__module__.startswith("tasks."):
+            family = one.__module__.removeprefix("tasks.")
+            if f"{one.__qualname__}.".startswith(f"{family}."):  # it is the factory, or was made in it
+                families.add(family)
+    return Trace(tuple(sorted(found)), tuple(sorted(families - {""})))
+
+
+def _reach(root: Any) -> Iterator[Any]:
+    """What `root`'s functions have hold of: closures, defaults, bound objects, containers, globals that they name."""
+    seen: dict[int, Any] = {}  # objects are kept, since an id is used again once its object is gone
+    stack = [root]
+    while stack:
+        one = stack.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        yield one
+        if isinstance(one, types.FunctionType):
+            if (one.__module__ or "").split(".")[0] in LIBRARIES:
+                continue
+            stack += [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
+            stack += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+            stack += [one.__globals__[name] for name in _names(one.__code__) if name in one.__globals__]
+        elif isinstance(one, functools.partial):
+            stack += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, types.MethodType):
+            stack += [one.__func__, one.__self__]
+        elif isinstance(one, list | tuple | set | frozenset):
+            stack += one
+        elif isinstance(one, Mapping):
+            stack += one.values()
+        elif callable(one) and isinstance(inner := getattr(one, "__wrapped__", None), types.FunctionType):  # jitted
+            stack.append(inner)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Global names in a function and in the functions that it makes."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def touched(task: Task, reserved: Reserved = HELD_OUT) -> list[str]:
+    """What of `reserved` a task touches, in words; empty if nothing."""
+    where = trace(task)
+    return [f"data {name}" for name in where.data if name in reserved.data] + [
+        f"family {name}" for name in where.families if name in reserved.families
+    ]
+
+
+def touched_by(sources: Iterable[Source], families: Iterable[str], reserved: Reserved = HELD_OUT) -> list[str]:
+    """The same for a recording, which has kept no more than its provenance."""
+    names = {name for source in sources for name in aliases(source)}
+    return [f"data {name}" for name in sorted(names & set(reserved.data))] + [
+        f"family {name}" for name in sorted(set(families) & set(reserved.families))
+    ]
+
+
+def refuse(where: str, tasks: Iterable[Task]) -> None:
+    """Raise ValueError if a task touches what is held out."""
+    for task in tasks:
+        if words := touched(task):
+            raise ValueError(
+                f"{where}: {task.name or 'a task'} touches what is held out for evaluation: {', '.join(words)}; valid: "
+                "other tasks, or --allow-held-out, after which no score on the held-out suite means anything."
+            )

@@ -1,0 +1,221 @@
+"""What is held out is recognised, whatever name it goes by; what is not held out is left alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tasks
+from meta_train import config as cfg
+from meta_train import groups
+from tasks import DEV, HELD_OUT, REGISTRY, Source, Task, data, held_out
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"data": "fashion10k", "hidden": (4,)}
+
+
+def plain(held, **fields) -> Task:
+    """A task of a user, with data that it got somewhere."""
+
+    def batch(key, phi, held, split):
+        return held
+
+    return Task(held, lambda key: (), lambda key, phi: jnp.zeros(3), batch, lambda *a: jnp.zeros(()), **fields)
+
+
+def test_the_reserves_are_disjoint_and_known():
+    assert {"fashion10k", "rgb_patches", "python_source"} <= set(HELD_OUT.data)
+    assert {"vit", "diffusion", "graph_network", "coordinate_mlp"} <= set(HELD_OUT.families)
+    assert not set(HELD_OUT.data) & set(DEV.data)
+    assert not set(HELD_OUT.families) & set(DEV.families)
+    assert set(HELD_OUT.data + DEV.data) <= set(data.names())
+    assert set(DEV.families) <= set(REGISTRY)
+
+
+def shipped_breaches(run: cfg.Run) -> list[str]:
+    """What a shipped config may not do."""
+    wrong = ["allows what is held out"] if run.allow_held_out else []
+    for group in run.groups:
+        if group.settings.get("source", "embedded") != "embedded" or "tfds:" in str(group.settings.get("data")):
+            wrong.append(f"{group.family}: data of another source than the package")
+        task = tasks.make(group.family, **group.settings)
+        wrong += held_out.touched(task) + held_out.touched(task, DEV)
+    return wrong
+
+
+@pytest.mark.parametrize("name", cfg.named())
+def test_shipped_configs_touch_neither_reserve(name):
+    assert not shipped_breaches(cfg.load(name))
+
+
+def test_a_breach_would_be_seen():
+    for family, settings in (
+        ("image_mlp", SMALL),
+        ("tabular_mlp", {}),
+        ("image_mlp", {"data": "mnist", "source": "auto"}),
+    ):
+        assert shipped_breaches(cfg.Run("x", (cfg.Group(family, settings),)))
+    assert shipped_breaches(cfg.Run("x", (cfg.Group("image_mlp"),), allow_held_out=True))
+
+
+@pytest.mark.parametrize("family", sorted(set(REGISTRY) - set(HELD_OUT.families)))
+def test_other_families_are_not_taken_for_held_out_ones(family):
+    where = held_out.trace(tasks.make(family))
+    assert where.families == (family,)
+    assert not set(where.data) & set(HELD_OUT.data)
+
+
+FACTORY = """
+def vit(width=3):
+    weights = [width]
+    def loss(params, key, phi, batch):
+        return weights[0] * params.sum()
+    return loss
+def helper(x):
+    return x
+"""
+
+
+def test_a_family_is_recognised_by_its_functions():
+    names = {"__name__": "tasks.vit"}
+    exec(FACTORY, names)
+    loss, helper = names["vit"](), names["helper"]
+    inner = functools.partial(loss)
+
+    def wrapped(params, key, phi, batch):
+        return 2.0 * inner(params, key, phi, batch)
+
+    assert held_out.touched(plain(())._replace(loss=wrapped)) == ["family vit"]
+    assert held_out.touched(plain(())._replace(loss=jax.jit(loss))) == ["family vit"]
+    # A function that other families use does not make a vision transformer.
+    assert not held_out.touched(plain(())._replace(loss=lambda params, key, phi, batch: helper(params)))
+
+
+@pytest.mark.parametrize("family", sorted(set(REGISTRY) & set(HELD_OUT.families)))
+def test_held_out_families_are_recognised_without_their_name(family):
+    task = getattr(importlib.import_module(REGISTRY[family]), family)()
+    bare = plain(()).loss
+    for part in ("loss", "init"):
+        functions = {"loss": bare, "init": bare} | {part: functools.partial(getattr(task, part))}
+        assert held_out.touched(plain(())._replace(**functions)) == [f"family {family}"], part
+
+
+def test_a_family_is_recognised_among_globals(tmp_path, monkeypatch):
+    (tmp_path / "users_own.py").write_text(
+        "import tasks\nfrom tasks.cnn import cnn\nINNER = cnn()\n"
+        "def loss(params, key, phi, batch):\n    return (lambda: INNER.loss(params, key, phi, batch))()\n"
+        "def family():\n    return INNER._replace(loss=loss, init=loss, sample=loss, batch=loss, provenance=(),"
+        " data=(), metrics=None, eval_batches=None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import users_own  # type: ignore[missing-import]
+
+    assert held_out.trace(users_own.family()) == (("mnist5k",), ("cnn",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        lambda x: (x - 0.286) / 0.353,
+        lambda x: np.round(x * 255).astype(np.uint8),
+        lambda x: x[::-7],
+        lambda x: x.reshape(len(x), -1),
+        lambda x: x[:6000].reshape(20, 300, *x.shape[1:], 1),
+        lambda x: np.concatenate([x[:500], np.random.default_rng(0).random((9500, *x.shape[1:]), np.float32)]),
+    ],
+    ids=["as it is", "standardised", "bytes", "a part", "flat", "batches", "among others"],
+)
+def test_images_are_recognised_by_content(change):
+    assert held_out.inside({"user": [change(data.images("fashion10k", 28).x)]}) == ("fashion10k",)
+
+
+@pytest.mark.parametrize("size", data.POOLING["rgb_patches"])
+def test_images_are_recognised_at_every_size(size):
+    assert held_out.inside(jnp.asarray(2 * data.images("rgb_patches", size).x - 1)) == ("rgb_patches",)
+
+
+def test_text_is_recognised_by_content():
+    tokens = data.text("python_source").tokens
+    other = np.random.default_rng(0).permutation(256)[tokens].astype(np.int32)
+    assert held_out.inside(tokens[12345:40000]) == ("python_source",)
+    assert held_out.inside({"x": other[:100_000].reshape(-1, 200)}) == ("python_source",)
+
+
+def test_other_content_is_left_alone():
+    rng = np.random.default_rng(0)
+    for tree in (
+        data.text("kjv").tokens,
+        data.images("mnist5k", 28).x,
+        (data.images("digits", 8).x * 16).astype(np.uint8),
+        rng.integers(0, 96, 100_000),
+        rng.random((500, 784)),
+        np.zeros((100, 784)),
+        np.full((100, 64), np.nan),
+        np.zeros((0, 784)),
+        {"x": np.arange(5), "y": jnp.float32(1), "z": None},
+    ):
+        assert held_out.inside(tree) == ()
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (lambda: tasks.make("image_mlp", **SMALL), "data fashion10k"),
+        (lambda: tasks.make("image_mlp", **SMALL)._replace(provenance=(), family=""), "data fashion10k"),
+        (lambda: plain((), provenance=(Source("tfds:fashion_mnist:3.0.1", "0"),)), "data fashion10k"),
+        (lambda: plain((), provenance=(Source("renamed", data.sha256("python_source")),)), "data python_source"),
+        (lambda: plain({"mine": data.images("rgb_patches", 8).x * 255}), "data rgb_patches"),
+        (lambda: plain((), family="vit"), "family vit"),
+    ],
+    ids=["embedded", "stripped", "an alias", "a sha256", "arrays of one's own", "a family"],
+)
+def test_what_is_held_out_is_refused(task, says):
+    with pytest.raises(ValueError, match=rf"lopt-train: .* touches .*: {says}; valid: .*--allow-held-out"):
+        held_out.refuse("lopt-train", [tasks.make("image_mlp", hidden=(4,)), task()])
+
+
+def test_recordings_are_judged_by_what_they_kept():
+    task = tasks.make("image_mlp", **SMALL)
+    assert held_out.touched_by(task.provenance, [task.family]) == ["data fashion10k"]
+    assert held_out.touched_by([], ["vit"]) == ["family vit"]
+    assert not held_out.touched_by(tasks.make("image_mlp").provenance, ["image_mlp"])
+
+
+def test_lopt_train_refuses_and_can_be_told(tmp_path):
+    run = cfg.Run("x", (cfg.Group("image_mlp", SMALL),))
+    with pytest.raises(ValueError, match="touches what is held out"):
+        groups.make_tasks(run)
+    allowed = cfg.Run.from_json(run.to_json() | {"allow_held_out": True})
+    assert len(groups.make_tasks(allowed)) == 1
+    with pytest.raises(ValueError, match=r"config\.allow_held_out, got 1; valid: bool"):
+        cfg.Run.from_json(run.to_json() | {"allow_held_out": 1})
+    arguments = ["quickstart", "--groups.0.settings", '{"data": "fashion10k"}', "--compare", ""]
+    command = [sys.executable, "-m", "meta_train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "touches what is held out for evaluation: data fashion10k" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_of_a_run_says_that_it_was_told():
+    from dataclasses import replace
+
+    run = replace(cfg.load("quickstart"), allow_held_out=True)
+    assert cfg.command(run) == "lopt-train quickstart --allow-held-out"
+
+
+def test_the_resolved_config_pins_what_auto_served(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    run = cfg.Run("x", (cfg.Group("image_mlp", {"data": ["mnist", "digits"], "source": "auto"}),))
+    pinned = groups.pinned(run)
+    assert pinned.groups[0].settings == {"data": ["mnist5k", "digits"]}
+    assert groups.pinned(pinned) == pinned
+    assert groups.pinned(cfg.load("quickstart")) == cfg.load("quickstart")
