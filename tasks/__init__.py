@@ -33,19 +33,30 @@ def make(family: str, **settings) -> Task:
       family: of REGISTRY, or a user's own as "package.module:function"; the current directory is then appended to the
         import path, so that nothing installed is shadowed. Own tasks are checked by `tasks.check`.
       settings: arguments of the family's factory. For families that take `data` there is also `source`: "embedded",
-        "tfds" or "auto", see `tasks.data.load`.
+        "tfds" or "auto", see `tasks.data.load`; and `window`: how many training rows of a set of TFDS are on the device
+        at a time, see `tasks.data.stream`.
 
     Raises ValueError naming the nearest valid family or setting, or what is wrong with an own task.
     """
     factory = _factory(family)
-    task = factory(**pin(family, settings))
+    settings = pin(family, settings)
+    task = factory(**settings)
     if ":" in family:
         if not isinstance(task, Task):
             raise ValueError(f"tasks.make: {family} returned a {type(task).__name__}; valid: a tasks.Task.")
         from tasks.check import check
 
         check(task)
+    if "?rows=" in str(settings.get("data", "")):
+        task = task._replace(window=lambda i: factory(**settings | {"data": _window(settings["data"], i)}).data)
     return task._replace(family=task.family or family)
+
+
+def _window(names: Any, index: int) -> Any:
+    """The names of window number `index`; sets that are not fed in windows stay."""
+    if isinstance(names, str):
+        return f"{names}&window={index}" if "?rows=" in names else names
+    return [_window(name, index) for name in names]
 
 
 def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = inspect.signature(_factory(family)).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    valid = [*parameters, *(["source"] if "data" in parameters and "source" not in parameters else [])]
+    valid = [*parameters, *(["source", "window"] if "data" in parameters and "source" not in parameters else [])]
     for name in settings:
         if name not in valid and not open_ended:
             near = difflib.get_close_matches(name, valid, n=1)
@@ -64,7 +75,11 @@ def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(settings)
     if "source" not in parameters and "data" in parameters:
         source, names = settings.pop("source", None), settings.get("data", parameters["data"].default)
-        several = [names] if isinstance(names, str) else list(names)
+        rows, several = settings.pop("window", None), [names] if isinstance(names, str) else list(names)
+        if rows is not None:
+            if source != "tfds":
+                raise ValueError(f"tasks.make: {family} window, got {rows} with source={source!r}; valid: 'tfds'.")
+            several = [f"{PREFIX}{name.removeprefix(PREFIX)}?rows={rows}" for name in several]
         if source is not None or any(isinstance(name, str) and name.startswith(PREFIX) for name in several):
             served = [resolve(name, source or "embedded") for name in several]
             settings["data"] = served[0] if isinstance(names, str) else served

@@ -40,6 +40,8 @@ class Task(NamedTuple):
       provenance: the data sets it draws from.
       init_loss: closed form of the expected loss at init (log classes …), or None.
       family: name in `tasks.REGISTRY`, or "module:function" of a user's own; set by `tasks.make`.
+      window: `i -> data` number i, of the shapes of `data`, where there is more than fits on a device; or None. On the
+        host, decoded when it is called.
     """
 
     data: Any
@@ -56,3 +58,4 @@ class Task(NamedTuple):
     provenance: tuple[Source, ...] = ()
     init_loss: float | None = None
     family: str = ""
+    window: Callable[[int], Any] | None = None

@@ -118,8 +118,10 @@ def resolve(name: str, source: str) -> str:
     if source == "embedded":
         _entry(name)
         return name
-    from tasks.data import tfds
+    from tasks.data import stream, tfds
 
+    if part := stream.parse(name):
+        return stream.pinned(part)
     if source == "auto" and not tfds.readable(name):
         plain = name.split(":")[0].split("/")[0]
         served = FALLBACKS.get(plain, plain)
@@ -135,13 +137,15 @@ def resolve(name: str, source: str) -> str:
 def images(name: str, size: int, source: str = "embedded") -> Dataset:
     """An image set averaged down to [n, size, size], of colour [n, size, size, 3], float32 in [0, 1].
 
+    A name that ends in "?rows=N" is a window of a set of TFDS, see tasks.data.stream.
+
     Raises ValueError for a set that holds no images or has no such size, naming the valid ones.
     """
     name = resolve(name, source)
     if name.startswith(PREFIX):
-        from tasks.data import tfds
+        from tasks.data import stream, tfds
 
-        return tfds.images(name, size)
+        return stream.images(name, size) if stream.parse(name) else tfds.images(name, size)
     return _images(name, size)
 
 

@@ -164,7 +164,7 @@ def _raw(name: str) -> Raw:
         x, y = parts["train"]
         order = np.random.RandomState(0).permutation(len(x))
         parts["train"] = x[order], y[order]  # type: ignore[unsupported-operation]
-    for split in SPLITS[1:]:
+    for split in reversed(SPLITS[1:]):  # so that a text's parts stay in its order
         if split not in parts:
             x, y = parts["train"]
             at = len(x) - max(1, int(CARVED * len(x)))
@@ -297,11 +297,15 @@ def prepare(
     def encoded(row: Mapping[str, Any]) -> dict[str, Any]:
         return {**row, "image": _png(row["image"])} if classes else dict(row)
 
-    class Builder(tfds.core.GeneratorBasedBuilder):
+    named = name
+
+    class Prepare(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = named
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            columns = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=columns, disable_shuffling=not classes)
 
         def _split_generators(self, dl_manager):
             return {split: self._generate_examples(part) for split, part in held.items()}
@@ -310,8 +314,7 @@ def prepare(
             for i, row in enumerate(part):
                 yield i, encoded(row)
 
-    Builder.name = name
-    builder = Builder(data_dir=str(folder or data_dir()), file_format="array_record")
+    builder = Prepare(data_dir=str(folder or data_dir()), file_format="array_record")
     tfds.disable_progress_bar()
     builder.download_and_prepare(file_format="array_record")
     return Path(builder.data_path)

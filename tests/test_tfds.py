@@ -1,0 +1,211 @@
+"""Data of TFDS without TensorFlow: sets that we prepare ourselves as array_record, its mock data, and the errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import tasks
+from tasks import SPLITS, data, held_out
+from tasks.data import PREFIX, stream
+
+tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("grain")
+from tasks.data import tfds  # noqa: E402
+
+rng = np.random.default_rng(0)
+TRAIN = rng.integers(0, 256, (300, 28, 28)).astype(np.uint8)
+TEST = rng.integers(0, 256, (60, 28, 28)).astype(np.uint8)
+LINES = [f"line {i} of a text — with a dash" for i in range(500)]
+
+
+def rows(x):
+    return [{"image": image, "label": int(image.sum() % 10)} for image in x]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A TFDS folder with sets of ours, prepared as array_record without TensorFlow."""
+    at = tmp_path_factory.mktemp("tfds")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.prepare("noise", {"train": rows(TRAIN), "test": rows(TEST)}, at, classes=10)
+    tfds.prepare("lines", {"train": [{"text": line} for line in LINES]}, at)
+    with np.load(data.FOLDER / "fashion10k.npz") as held:
+        clothes = held["x"][:80]
+    tfds.prepare("renamed", {"train": rows(np.concatenate([TRAIN[:200], clothes]))}, at, classes=10)
+    colour = rng.integers(0, 256, (40, 32, 32, 3)).astype(np.uint8)
+    tfds.prepare("colour", {"train": rows(colour)}, at, classes=10)
+    return at
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    tfds._raw.cache_clear()
+    assert "tensorflow" not in sys.modules
+
+
+def test_images_are_those_that_were_prepared():
+    held = data.images("noise", 28, "tfds")
+    assert held.splits == {"train": (0, 270), "validation": (270, 300), "test": (300, 360)}
+    assert held.classes == 10
+    seen = np.round(held.x * 255).astype(np.uint8)
+    assert {row.tobytes() for row in seen[:300]} == {row.tobytes() for row in TRAIN}
+    assert {row.tobytes() for row in seen[300:]} == {row.tobytes() for row in TEST}
+    assert not np.array_equal(seen[:270], TRAIN[:270])  # in a seeded order
+    assert np.array_equal(held.y, seen.sum((1, 2), dtype=int) % 10)
+    assert held.source.id == "tfds:noise:1.0.0"
+    again = data.load("tfds:noise", size=28)
+    assert np.array_equal(again.x, held.x)
+    small = data.images("noise", 8, "tfds").x
+    padded = np.pad(held.x, ((0, 0), (2, 2), (2, 2)))
+    np.testing.assert_allclose(small[5, 3, 4], padded[5, 12:16, 16:20].mean(), rtol=1e-5)
+    assert data.images("colour", 28, "tfds").x.shape == (40, 28, 28, 3)
+
+
+def test_text_is_characters():
+    held = data.text("lines", "tfds")
+    text = held.decode(held.tokens)
+    assert text == "".join(line.replace("—", "?") + "\n" for line in LINES)
+    assert [held.splits[split][0] for split in SPLITS] == sorted(held.splits[split][0] for split in SPLITS)
+    assert held.splits["test"][1] - held.splits["test"][0] > 0.05 * len(text)
+
+
+def test_a_family_takes_it_and_its_config_pins_it(monkeypatch):
+    settings = {"data": "noise", "source": "tfds", "hidden": [4]}
+    task = tasks.make("image_mlp", **settings)
+    assert task.provenance == (data.load("noise", size=8, source="tfds").source,)
+    pinned = tasks.pin("image_mlp", settings)
+    name = pinned["data"]
+    assert name == f"tfds:noise:1.0.0#{task.provenance[0].sha256[:12]}"
+    assert tasks.pin("image_mlp", pinned) == pinned
+    assert np.array_equal(tasks.make("image_mlp", **pinned).data.x, task.data.x)
+    monkeypatch.setattr(tfds, "_decode", lambda *a: (TRAIN[::-1][:200], np.zeros(200, np.int32)))
+    tfds._raw.cache_clear()
+    with pytest.raises(ValueError, match=r"noise.* has changed: sha256 .*; valid: the content that the config pins"):
+        tasks.make("image_mlp", **pinned)
+
+
+def test_auto_prefers_what_is_prepared_and_says_so(caplog):
+    with caplog.at_level(logging.INFO, "tasks.data"):
+        assert data.images("noise", 8, "auto").source.id == "tfds:noise:1.0.0"
+        assert data.images("mnist", 8, "auto").source.id == "mnist5k"
+        assert data.images("fashion_mnist:3.0.1", 8, "auto").source.id == "fashion10k"
+        assert data.images("digits", 8, "auto").source.id == "digits"
+    assert "data noise: tfds:noise:1.0.0#" in caplog.text
+    assert "data mnist: mnist5k, which is embedded" in caplog.text
+    with pytest.raises(ValueError, match="unknown data set 'kmnist'"):
+        data.images("kmnist", 8, "auto")
+
+
+def test_content_that_is_held_out_is_recognised_under_another_name():
+    task = tasks.make("image_mlp", data="renamed", source="tfds")
+    assert [source.id for source in task.provenance] == ["tfds:renamed:1.0.0", "fashion10k"]
+    with pytest.raises(ValueError, match="touches what is held out for evaluation: data fashion10k"):
+        held_out.refuse("lopt-train", [task])
+    assert not held_out.touched(tasks.make("image_mlp", data="noise", source="tfds"))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn_cropped", "imagenet_resized/8x8", "lm1b"])
+def test_its_own_sets_are_read_as_mock_data(name, monkeypatch):
+    with tensorflow_datasets.testing.mock_data(num_examples=40):
+        builder = tensorflow_datasets.builder(name)
+
+        def prepared(name):
+            read = lambda split: builder.as_data_source(split=split)  # noqa: E731
+            return tfds.Prepared(f"{name}:{builder.version}", builder.info.features, read, ("train", "test"))
+
+        monkeypatch.setattr(tfds, "open_set", prepared)
+        if name == "lm1b":
+            held = tfds.text(name)
+            assert held.tokens.max() < len(held.vocabulary)
+            return
+        held = tfds.images(name, 8)
+        colour = (3,) if name not in ("mnist", "fashion_mnist") else ()
+        assert held.x.shape == (80, 8, 8, *colour)
+        assert held.splits["test"] == (40, 80)
+        assert held.y.max() < held.classes
+        assert bool(held_out.aliases(held.source)) == (name in ("mnist", "fashion_mnist"))
+
+
+def test_tfrecord_is_refused_with_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (tmp_path / "mnist/3.0.1").mkdir(parents=True)
+    (tmp_path / "mnist/3.0.1/dataset_info.json").write_text(json.dumps({"name": "mnist", "fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match=r"prepared as tfrecord, .*tfds convert_format --dataset_version_dir=\S+3.0.1"):
+        data.images("mnist", 8, "tfds")
+    assert data.images("mnist", 8, "auto").source.id == "mnist5k"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: data.images("mnist", 8, "tfds"),
+            "tfds:mnist is not prepared in .*; valid: set TFDS_DATA_DIR, prepare",
+        ),
+        (lambda: data.images("noise:2.0.0", 8, "tfds"), "not prepared"),
+        (lambda: data.images("noise", 40, "tfds"), "tfds:noise:1.0.0 size, got 40; valid: what 28 can be cut"),
+        (lambda: data.images("lines", 8, "tfds"), "holds text; valid"),
+        (lambda: data.text("noise", "tfds"), "holds images; valid"),
+        (lambda: data.images("no name", 8, "tfds"), "'no name' is no name of TFDS; valid: NAME, NAME/CONFIG"),
+        (lambda: tasks.make("image_mlp", data="noise", window=9), "window, got 9 with source=None; valid: 'tfds'"),
+        (
+            lambda: tasks.make("image_mlp", data="noise", source="tfds", window=9000),
+            "window, got 9000 rows; valid: 1 to",
+        ),
+        (lambda: tasks.make("image_mlp", data="lines", source="tfds", window=9), "holds text, which is not fed"),
+    ],
+)
+def test_errors_name_the_fix(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_what_does_not_fit_is_pointed_to_windows(monkeypatch):
+    monkeypatch.setattr(tfds, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"GiB of a device; valid: a smaller size, or .* window=ROWS"):
+        data.images("noise", 8, "tfds")
+
+
+def test_nothing_is_downloaded_unless_asked_and_no_network_is_said_at_once(monkeypatch):
+    def connect(*arguments):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="mnist cannot be downloaded: no network"):
+        tfds.download("mnist")
+    assert time.monotonic() - began < 5
+    with pytest.raises(SystemExit, match="no network"):
+        tfds.main(["download", "mnist"])
+
+
+def test_windows_cover_the_set_and_depend_on_their_number_alone():
+    settings = {"data": "noise", "source": "tfds", "size": 28, "hidden": [4], "window": 90}
+    task = tasks.make("image_mlp", **settings)
+    assert tasks.pin("image_mlp", settings)["data"].startswith(f"{PREFIX}noise:1.0.0#")
+    assert task.window is not None
+    windows = [task.window(i) for i in (0, 1, 2)]
+    assert len(task.data.x) == 90 + 30 + 60
+    for window in windows:
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), window) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), task.data
+        )
+        assert np.array_equal(window.x[90:], task.data.x[90:])  # validation and test stay
+    assert np.array_equal(windows[0].x, task.data.x)
+    parts = [{row.tobytes() for row in np.asarray(window.x[:90])} for window in windows]
+    held = {row.tobytes() for row in np.asarray(task.data.x[90:])}
+    assert len(set.union(*parts)) == 270  # each row once before any comes again
+    assert not set.union(*parts) & held
+    assert np.array_equal(task.window(2).x, windows[2].x)
+    assert held_out.touched(task) == []
+    assert stream.parse("tfds:noise") is None
+    part = stream.Part("noise", 5, 3)
+    assert stream.parse(stream.named(part)) == part
