@@ -23,7 +23,22 @@ REGISTRY: dict[str, str] = {
     "tabular_mlp": "tasks.tabular_mlp",
 }
 
-__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin"]
+# Imported on demand: they need JAX, which looking for a name should not.
+_LATER = {
+    "check": "tasks.checks",
+    "from_functions": "tasks.adapters",
+    "from_haiku": "tasks.adapters",
+    "from_linen": "tasks.adapters",
+    "from_nnx": "tasks.adapters",
+}
+
+__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin", *_LATER]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tasks' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
 
 
 def make(family: str, **settings) -> Task:
@@ -44,7 +59,7 @@ def make(family: str, **settings) -> Task:
     if ":" in family:
         if not isinstance(task, Task):
             raise ValueError(f"tasks.make: {family} returned a {type(task).__name__}; valid: a tasks.Task.")
-        from tasks.check import check
+        from tasks.checks import check
 
         check(task)
     if "?rows=" in str(settings.get("data", "")):

@@ -17,7 +17,7 @@ import tasks
 from meta_test import cli
 from meta_train import groups, launch
 from tasks import REGISTRY, Task
-from tasks.check import check, problems
+from tasks.checks import check, problems
 
 ROOT = Path(__file__).parents[1]
 ROWS = np.random.default_rng(0).random((32, 4), np.float32)
