@@ -232,6 +232,7 @@ class Run:
     init_from: str = ""  # name or folder of an artifact whose theta is the start, or none
     freeze: tuple[str, ...] = ()  # parts of theta that are not meta-trained, by dotted path, e.g. "bank"
     allow_held_out: bool = False  # meta-train on what tasks.HELD_OUT keeps for evaluation
+    window_steps: int = 100  # meta-steps for which a part of data that do not fit as a whole is used
     skip_limit: float = 0.1  # share of meta-gradients that are not finite at which a run stops
     seed: int = 0
     log_every: int = 20  # meta-steps
@@ -243,6 +244,7 @@ class Run:
         word = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
         _require(bool(re.fullmatch(word, self.name)), "name", repr(self.name), "letters, digits, '.', '-' and '_'")
         _require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
+        _require(self.window_steps >= 1, "window_steps", self.window_steps, ">= 1")
         _require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
         _require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["lopt.mup", "lopt.pretrained"])
+@pytest.mark.parametrize("module", ["lopt.mup", "lopt.pretrained", "tasks.data", "tasks.data.tfds", "tasks.held_out"])
 def test_doctests(module):
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted > 0
@@ -70,3 +70,23 @@ def test_every_table_of_the_benchmark_has_its_place():
     # 2 x 512 x 50 x 200,000 = 1.02e10 inner steps at 27,000 a second are 105 hours.
     assert "| `pes`, K = 50 | 200,000 | 512 | 1.0e+10 | 105 | 0.017 | 1.9 |" in filled[1]
     assert [tables.fill(page, {"machine": ""}) for page in pages] == pages
+
+
+def test_the_table_of_data_is_what_its_command_prints():
+    from tasks.data.__main__ import table
+
+    assert table() in (ROOT / "docs/data.md").read_text()
+
+
+def test_the_own_task_of_the_documentation_works(tmp_path, monkeypatch):
+    import sys
+
+    import tasks
+
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/own-task.md").read_text(), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line]) <= 20
+    (tmp_path / "my_tasks.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    task = tasks.make("my_tasks:my_family", width=4)  # which checks it
+    assert task.family == "my_tasks:my_family"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tasks
+from meta_train import groups
 from tasks import SPLITS, data, held_out
 from tasks.data import PREFIX, stream
 
@@ -209,3 +210,19 @@ def test_windows_cover_the_set_and_depend_on_their_number_alone():
     assert stream.parse("tfds:noise") is None
     part = stream.Part("noise", 5, 3)
     assert stream.parse(stream.named(part)) == part
+
+
+def test_a_run_is_fed_by_windows_which_its_meta_step_determines():
+    settings = {"data": "noise", "source": "tfds", "hidden": [4], "window": 90}
+    made = [tasks.make("image_mlp", **settings), tasks.make("image_mlp", data="digits")]
+    first = tuple(task.data for task in made)
+    put = lambda held: held  # noqa: E731
+    data_at = groups.feed(made, first, 10, put)
+    for step, index in ((0, 0), (9, 0), (10, 1), (25, 2)):
+        fed, plain = data_at(step)
+        assert np.array_equal(fed.x, made[0].window(index).x)
+        assert plain is made[1].data
+    resumed = groups.feed(made, first, 10, put)(25)[0]
+    assert np.array_equal(resumed.x, data_at(29)[0].x)
+    assert data_at(25)[0] is data_at(29)[0]  # one window is decoded once
+    assert groups.feed(made[1:], first[1:], 10, put)(99)[0] is made[1].data
