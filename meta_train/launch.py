@@ -145,9 +145,8 @@ def _one_line(box: str) -> str:
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
-    launch = dataclasses.replace(launch, run=_pinned(launch.run))
     if launch.dry_run:
-        program = _build(_in_one_place(launch.run))
+        program = _build(_in_one_place(_pinned(launch.run)))
         from meta_train import dry_run
 
         for line in dry_run.report(launch.run, program):
@@ -156,23 +155,24 @@ def start(name: str, args: list[str]) -> int:
     if launch.join.distributed and not launch.out:
         raise ValueError("lopt-train --distributed: no --out; valid: a new folder, the same for all processes.")
     with _joined(launch.join) as writes:
-        program = _build(launch.run)  # every name and value is known to be good from here on
+        run = _pinned(launch.run)
+        program = _build(run)  # every name and value is known to be good from here on
         folder = Path(launch.out)
 
         def make() -> None:
             nonlocal folder
-            folder = _new_folder(launch.out, launch.run.name)
+            folder = _new_folder(launch.out, run.name)
             partial = folder / ".config.json.partial"
-            partial.write_text(json.dumps(launch.run.to_json(), indent=2) + "\n")
+            partial.write_text(json.dumps(run.to_json(), indent=2) + "\n")
             partial.replace(folder / "config.json")
-            if launch.run.init_from:  # the run can then go on wherever it came from
+            if run.init_from:  # the run can then go on wherever it came from
                 from lopt.pretrained import find
 
-                shutil.copytree(find(launch.run.init_from), folder / START)
+                shutil.copytree(find(run.init_from), folder / START)
 
         _by_the_first(writes, make)
         with _locked(folder) if writes else contextlib.nullcontext():
-            return _go(launch.run, program, folder, profile=launch.profile and writes)
+            return _go(run, program, folder, profile=launch.profile and writes)
 
 
 @contextlib.contextmanager

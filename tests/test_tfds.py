@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
-    tfds._raw.cache_clear()
+    tfds._content.cache_clear()
     assert "tensorflow" not in sys.modules
 
 
@@ -70,6 +70,14 @@ def test_images_are_those_that_were_prepared():
     assert data.images("colour", 28, "tfds").x.shape == (40, 28, 28, 3)
 
 
+def test_a_set_is_decoded_once(monkeypatch):
+    calls, decode = [], tfds._decode
+    monkeypatch.setattr(tfds, "_decode", lambda *a: calls.append(a[1]) or decode(*a))
+    tasks.make("image_mlp", data="noise", source="tfds", hidden=[4])
+    data.images("tfds:noise:1.0.0", 28)
+    assert calls == ["train", "test"]
+
+
 def test_text_is_characters():
     held = data.text("lines", "tfds")
     text = held.decode(held.tokens)
@@ -88,7 +96,7 @@ def test_a_family_takes_it_and_its_config_pins_it(monkeypatch):
     assert tasks.pin("image_mlp", pinned) == pinned
     assert np.array_equal(tasks.make("image_mlp", **pinned).data.x, task.data.x)
     monkeypatch.setattr(tfds, "_decode", lambda *a: (TRAIN[::-1][:200], np.zeros(200, np.int32)))
-    tfds._raw.cache_clear()
+    tfds._content.cache_clear()
     with pytest.raises(ValueError, match=r"noise.* has changed: sha256 .*; valid: the content that the config pins"):
         tasks.make("image_mlp", **pinned)
 

@@ -53,7 +53,10 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
         for path in tracked:
             inside = archive.read(shipped[path.removeprefix("checkpoints/")])
             assert inside == (ROOT / path).read_bytes(), path
-        assert any(name.startswith("tasks/data/") and name.endswith(".npz") for name in names)
+        kept = {str(path.relative_to(ROOT)) for path in (ROOT / "tasks/data").rglob("*") if path.suffix != ".pyc"}
+        kept = {path for path in kept if (ROOT / path).is_file()}
+        assert {name for name in names if name.startswith("tasks/data/")} == kept  # data sets and their licences
+        assert sum(len(archive.read(path)) for path in kept) < 12_000_000
     venv.create(tmp_path / "empty", with_pip=True)
     python = str(tmp_path / "empty/bin/python")
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel))

@@ -147,9 +147,20 @@ class Raw(NamedTuple):
         return Source(PREFIX + self.name, self.sha256)
 
 
-@lru_cache(maxsize=4)
 def _raw(name: str) -> Raw:
-    """Raises ValueError if the set is not there or is not what its pinned sha256 says."""
+    """All of a set. Raises ValueError if it is not there or is not what its pinned sha256 says."""
+    folder, (plain, _, wanted) = find(name), name.partition("#")
+    held = _content(f"{plain.split(':')[0]}:{folder.name}" if folder else plain)
+    if not held.sha256.startswith(wanted):
+        raise ValueError(
+            f"tasks.data: {PREFIX}{name} has changed: sha256 {held.sha256[:12]}, got from {folder}; valid: the content "
+            "that the config pins, or the name without what follows '#'."
+        )
+    return held
+
+
+@lru_cache(maxsize=4)
+def _content(name: str) -> Raw:
     from tasks import held_out
 
     prepared = open_set(name)
@@ -177,12 +188,6 @@ def _raw(name: str) -> Raw:
     digest.update(b"" if y is None else y.tobytes())
     digest.update(repr((x.shape, stops)).encode())
     sha256 = digest.hexdigest()
-    wanted = _parse(name)["sha256"] or ""
-    if not sha256.startswith(wanted):
-        raise ValueError(
-            f"tasks.data: {PREFIX}{name} has changed: sha256 {sha256[:12]}, got from {find(name)}; valid: the content "
-            "that the config pins, or the name without what follows '#'."
-        )
     classes = 0 if y is None else prepared.features[str(label)].num_classes
     sources = tuple(Source(one, data.sha256(one)) for one in held_out.inside(x))
     return Raw(prepared.name, x, y, classes, splits, sha256, sources)
