@@ -197,10 +197,10 @@ def open_set(name: str) -> Prepared:
     """A prepared set. Raises ValueError that names the fix if it cannot be read."""
     parts, folder = _parse(name), find(name)
     if folder is None:
+        command = f"python -m tasks.data.tfds download {name.partition('#')[0]}"
         raise ValueError(
             f"tasks.data: {PREFIX}{name} is not prepared in {data_dir()}; valid: set TFDS_DATA_DIR, prepare it with "
-            f"`python -m tasks.data.tfds download {name}` (needs the network and TensorFlow), or source='embedded' or "
-            f"'auto'."
+            f"`{command}` (needs the network and TensorFlow), or source='embedded' or 'auto'."
         )
     if (found := _format(folder)) != "array_record":
         raise ValueError(
