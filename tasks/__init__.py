@@ -18,9 +18,16 @@ from tasks.data import PREFIX, resolve
 from tasks.held_out import DEV, HELD_OUT, Reserved
 
 REGISTRY: dict[str, str] = {
+    "autoencoder": "tasks.autoencoder",
     "cnn": "tasks.cnn",
+    "diffusion": "tasks.diffusion",
     "image_mlp": "tasks.image_mlp",
+    "logistic_regression": "tasks.logistic_regression",
+    "mlp_mixer": "tasks.mlp_mixer",
+    "resnet": "tasks.resnet",
     "tabular_mlp": "tasks.tabular_mlp",
+    "vae": "tasks.vae",
+    "vit": "tasks.vit",
 }
 
 # Imported on demand: they need JAX, which looking for a name should not.

@@ -1,4 +1,4 @@
-"""What the classification families share: layers, cross-entropy, minibatches and evaluation sets.
+"""What the families on rows of examples share: layers, losses, minibatches and evaluation sets.
 
 Several data sets of one shape make ONE compiled task: their rows are concatenated in `data`, and phi says which rows
 are whose. Not a family itself.
@@ -6,6 +6,7 @@ are whose. Not a family itself.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,6 +62,24 @@ def sources(family: str, names: Sequence[str] | str, load: Callable[[str], Datas
     return loaded
 
 
+def channelled(dataset: Dataset) -> Dataset:
+    """Images [n, H, W, C]: grey ones get their channel axis."""
+    return dataset._replace(x=dataset.x[..., None]) if dataset.x.ndim == 3 else dataset
+
+
+def flattened(dataset: Dataset) -> Dataset:
+    """Rows [n, features]."""
+    return dataset._replace(x=dataset.x.reshape(len(dataset.x), -1))
+
+
+def library(family: str, module: str) -> Any:
+    """The module of an extra. Raises ImportError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{family}: needs {module}; run: pip install 'lopt[models]'.") from error
+
+
 def require_positive(family: str, argument: str, values: Sequence[int], *, least: int = 0) -> None:
     """Raise ValueError unless `values` are positive ints, at least `least` of them."""
     if len(values) < least or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
@@ -75,18 +94,57 @@ def cross_entropy(logits: Float[Array, "B C"], y: Int[Array, " B"]) -> Float[Arr
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
+def squared(logits: Float[Array, "B C"], y: Int[Array, " B"]) -> Float[Array, ""]:
+    """Mean squared distance of the logits from the one-hot labels."""
+    return jnp.mean(jnp.sum((logits - jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)) ** 2, axis=-1))
+
+
+CLASSIFICATION_LOSSES = {"cross_entropy": cross_entropy, "squared": squared}
+
+
+def activation_named(family: str, name: str) -> tuple[Callable[[Array], Array], float]:
+    """The activation and its gain. Raises ValueError for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{family}: activation, got {name!r}; valid: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
 def dense(layer: dict[str, Array], x: Float[Array, "B I"]) -> Float[Array, "B O"]:
     return x @ layer["w"] + layer["b"][None, :]
 
 
-def mlp(params: Params, x: Float[Array, "B D"], activate: Callable[[Array], Array]) -> Float[Array, "B C"]:
-    """Logits; `params` are layer0, layer1, … in order."""
+def mlp(
+    params: Params, x: Float[Array, "B D"], activate: Callable[[Array], Array], *, forward: float = 1.0
+) -> Float[Array, "B C"]:
+    """Logits; `params` are layer0, layer1, … in order; `forward` multiplies the output layer's product (muP)."""
     for index in range(len(params) - 1):
         x = activate(dense(params[f"layer{index}"], x))
-    return dense(params[f"layer{len(params) - 1}"], x)
+    return dense(params[f"layer{len(params) - 1}"], forward * x)
 
 
-def init_layers(key: PRNGKeyArray, shapes: Sequence[tuple[int, ...]], scale: Float[Array, " L"], gain: float) -> Params:
+def mlp_forward(family: str, hidden: Sequence[int], mup_base: Sequence[int] | None) -> tuple[float, int | None]:
+    """What muP changes in an MLP relative to the one of widths `mup_base`: `forward` of `mlp`, `output_fan_in`.
+
+    Hidden matrices need no change: their variance is 1/fan_in at every width. What the optimizer needs is in lopt.mup.
+
+    Raises ValueError unless base and network are of one depth, at least 1.
+    """
+    if mup_base is None:
+        return 1.0, None
+    require_positive(family, "mup_base", mup_base, least=1)
+    if len(mup_base) != len(hidden):
+        raise ValueError(f"{family}: mup_base, got {tuple(mup_base)}; valid: as many widths as hidden={tuple(hidden)}.")
+    return mup_base[-1] / hidden[-1], mup_base[-1]
+
+
+def init_layers(
+    key: PRNGKeyArray,
+    shapes: Sequence[tuple[int, ...]],
+    scale: Float[Array, " L"],
+    gain: float,
+    *,
+    output_fan_in: int | None = None,
+) -> Params:
     """{"layer0": {"w", "b"}, …}: normal weights of variance gain / fan_in times scale**2, zero biases.
 
     Args:
@@ -94,12 +152,15 @@ def init_layers(key: PRNGKeyArray, shapes: Sequence[tuple[int, ...]], scale: Flo
       shapes: of each weight, fan-in axes first and the outputs last: [in, out] or HWIO.
       scale: multiplies each weight.
       gain: variance gain of all but the last layer, which has OUTPUT_GAIN.
+      output_fan_in: what the last layer's variance is divided by, if not its fan-in (muP: that of the base width).
     """
     sizes = [math.prod(shape) for shape in shapes]
     # One draw: normals drawn shape by shape took the CNN ten times as long to compile.
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
     stds = [math.sqrt(gain * shape[-1] / size) for shape, size in zip(shapes, sizes, strict=True)]
-    stds[-1] *= math.sqrt(OUTPUT_GAIN / gain)
+    stds[-1] = math.sqrt(OUTPUT_GAIN * shapes[-1][-1] / sizes[-1])
+    if output_fan_in:
+        stds[-1] = math.sqrt(OUTPUT_GAIN / output_fan_in)
     return {
         f"layer{i}": {"w": draws[i].reshape(shape) * (scale[i] * stds[i]), "b": jnp.zeros(shape[-1])}
         for i, shape in enumerate(shapes)
@@ -116,22 +177,102 @@ def classifier(
     batch_size: int,
     activation: str,
     log10_init_scale: float,
+    loss: str = "cross_entropy",
+    output_fan_in: int | None = None,
 ) -> Task:
-    """The task of a family: softmax classification of `datasets` by `apply(params, x, activate) -> logits`.
+    """Classification by a plain stack of weights: `apply(params, x, activate) -> logits`, params by `init_layers`.
 
     Args:
       label: what the network looks like, for the task's name.
       shapes: of each weight, see `init_layers`.
       log10_init_scale: every weight is multiplied at init by 10**u, u uniform in ± this.
+      output_fan_in: as in `init_layers`.
 
-    Raises ValueError for an invalid batch_size, activation or log10_init_scale.
+    Raises ValueError for an invalid activation, and as `classification`.
+    """
+    activate, gain = activation_named(family, activation)
+    return classification(
+        family,
+        datasets,
+        label=f"{label}, {activation}",
+        init=lambda key, scale: init_layers(key, shapes, scale, gain, output_fan_in=output_fan_in),
+        apply=lambda params, x: apply(params, x, activate),
+        scales=len(shapes),
+        batch_size=batch_size,
+        log10_init_scale=log10_init_scale,
+        loss=loss,
+    )
+
+
+def classification(
+    family: str,
+    datasets: Sequence[Dataset],
+    *,
+    label: str,
+    init: Callable[[PRNGKeyArray, Float[Array, " L"]], Any],
+    apply: Callable[[Any, Array], Array],
+    batch_size: int,
+    log10_init_scale: float = 0.0,
+    scales: int = 1,
+    loss: str = "cross_entropy",
+) -> Task:
+    """The task of classifying `datasets` by `apply(params, x) -> logits`.
+
+    Args:
+      init: `(key, scale) -> params`.
+      scales: L, how many init scales phi holds; weights are multiplied at init by 10**u, u uniform in ± log10_init_scale.
+      loss: "cross_entropy" in nats, or "squared": the squared distance of logits and one-hot labels.
+
+    Raises ValueError for an invalid loss, and as `minibatched`.
+    """
+    if loss not in CLASSIFICATION_LOSSES:
+        raise ValueError(f"{family}: loss, got {loss!r}; valid: {', '.join(CLASSIFICATION_LOSSES)}.")
+    measure = CLASSIFICATION_LOSSES[loss]
+
+    def metrics(params: Any, key: PRNGKeyArray, batch: Examples) -> dict[str, Array]:
+        return {"accuracy": jnp.mean(jnp.argmax(apply(params, batch.x), axis=-1) == batch.y)}
+
+    return minibatched(
+        family,
+        datasets,
+        label=label if loss == "cross_entropy" else f"{label}, {loss} loss",
+        init=init,
+        loss=lambda params, key, batch: measure(apply(params, batch.x), batch.y),
+        metrics=metrics,
+        scales=scales,
+        batch_size=batch_size,
+        log10_init_scale=log10_init_scale,
+        init_loss=math.log(datasets[0].classes) if loss == "cross_entropy" else None,
+    )
+
+
+def minibatched(
+    family: str,
+    datasets: Sequence[Dataset],
+    *,
+    label: str,
+    init: Callable[[PRNGKeyArray, Float[Array, " L"]], Any],
+    loss: Callable[[Any, PRNGKeyArray, Examples], Float[Array, ""]],
+    metrics: Callable[[Any, PRNGKeyArray, Examples], dict[str, Array]] | None = None,
+    batch_size: int,
+    log10_init_scale: float = 0.0,
+    scales: int = 1,
+    init_loss: float | None = None,
+) -> Task:
+    """A task on minibatches of rows of `datasets`.
+
+    Args:
+      init: `(key, scale) -> params`, scale [L] multiplies weights.
+      loss: `(params, key, batch) -> scalar`.
+      metrics: `(params, key, batch) -> dict of scalars`.
+      scales: L; each is 10**u, u uniform in ± log10_init_scale.
+      init_loss: see Task; left out where init scales vary.
+
+    Raises ValueError for an invalid batch_size or log10_init_scale.
     """
     require_positive(family, "batch_size", [batch_size])
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{family}: activation, got {activation!r}; valid: {', '.join(ACTIVATIONS)}.")
     if not 0.0 <= log10_init_scale < math.inf:
         raise ValueError(f"{family}: log10_init_scale, got {log10_init_scale}; valid: a finite number ≥ 0.")
-    activate, gain = ACTIVATIONS[activation]
     offsets = np.cumsum([0, *(len(one.x) for one in datasets[:-1])])
     ranges = np.array([[one.splits[split] for split in SPLITS] for one in datasets], np.int32)  # [sources, 3, 2]
     starts, sizes = (ranges[..., 0] + offsets[:, None]).astype(np.int32), ranges[..., 1] - ranges[..., 0]
@@ -139,16 +280,16 @@ def classifier(
     def sample(key: PRNGKeyArray) -> Phi:
         source_key, scale_key = jax.random.split(key)
         source = jax.random.randint(source_key, (), 0, len(datasets))
-        exponent = jax.random.uniform(scale_key, (len(shapes),), minval=-log10_init_scale, maxval=log10_init_scale)
+        exponent = jax.random.uniform(scale_key, (scales,), minval=-log10_init_scale, maxval=log10_init_scale)
         return Phi(jnp.asarray(starts)[source], jnp.asarray(sizes)[source], 10.0**exponent)
 
     def batch(key: PRNGKeyArray, phi: Phi, data: Examples, split: Split) -> Examples:
-        index = _index(split)
+        index = split_index(split)
         rows = phi.start[index] + jax.random.randint(key, (batch_size,), 0, phi.size[index])
         return Examples(data.x[rows], data.y[rows])
 
     def eval_batches(phi: Phi, data: Examples, split: Split) -> Examples:
-        index = _index(split)
+        index = split_index(split)
         # The same rows for every source, so that the shape does not depend on phi.
         rows = min(int(sizes[:, index].min()), MAX_EVAL_ROWS)
         count = math.ceil(rows / MAX_EVAL_BATCH)
@@ -159,12 +300,6 @@ def classifier(
 
         return Examples(cut(data.x), cut(data.y))
 
-    def loss(params: Params, key: PRNGKeyArray, phi: Phi, batch: Examples) -> Float[Array, ""]:
-        return cross_entropy(apply(params, batch.x, activate), batch.y)
-
-    def metrics(params: Params, key: PRNGKeyArray, phi: Phi, batch: Examples) -> dict[str, Array]:
-        return {"accuracy": jnp.mean(jnp.argmax(apply(params, batch.x, activate), axis=-1) == batch.y)}
-
     spread = f", init 10^±{log10_init_scale:g}" if log10_init_scale else ""
     ids = "+".join(one.source.id for one in datasets)
     return Task(
@@ -173,19 +308,19 @@ def classifier(
             jnp.asarray(np.concatenate([one.y for one in datasets])),
         ),
         sample=sample,
-        init=lambda key, phi: init_layers(key, shapes, phi.scale, gain),
+        init=lambda key, phi: init(key, phi.scale),
         batch=batch,
-        loss=loss,
-        metrics=metrics,
+        loss=lambda params, key, phi, batch: loss(params, key, batch),
+        metrics=None if metrics is None else lambda params, key, phi, batch: metrics(params, key, batch),
         eval_batches=eval_batches,
-        name=f"{family}({ids}, {label}, {activation}, batch {batch_size}{spread})",
+        name=f"{family}({ids}, {label}, batch {batch_size}{spread})",
         provenance=tuple(source for one in datasets for source in one.provenance),
-        init_loss=None if log10_init_scale else math.log(datasets[0].classes),
+        init_loss=None if log10_init_scale else init_loss,
         family=family,
     )
 
 
-def _index(split: Split) -> int:
+def split_index(split: Split) -> int:
     if split not in SPLITS:
         raise ValueError(f"tasks: split, got {split!r}; valid: {', '.join(SPLITS)}.")
     return SPLITS.index(split)
