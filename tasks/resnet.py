@@ -1,4 +1,7 @@
-"""Residual CNNs with group normalisation. Source: He et al. (2016), arXiv:1603.05027; Wu & He (2018), arXiv:1803.08494."""
+"""Residual CNNs with group normalisation.
+
+Source: He et al. (2016), arXiv:1603.05027; Wu & He (2018), arXiv:1803.08494.
+"""
 
 from __future__ import annotations
 
@@ -64,12 +67,10 @@ def resnet(
     activate, gain = activation_named("resnet", activation)
     classes, widths = datasets[0].classes, [channels[0], *channels]
     norm = {width: {"scale": shape(width), "bias": shape(width)} for width in channels}
-    stages = [
-        [widths[stage] if index == 0 else width for index in range(blocks)] for stage, width in enumerate(channels)
-    ]
     shapes: dict[str, Any] = {"stem": shape(3, 3, datasets[0].x.shape[-1], channels[0])}
     for stage, width in enumerate(channels):
-        for index, fan_in in enumerate(stages[stage]):
+        for index in range(blocks):
+            fan_in = width if index else widths[stage]
             block = {"norm1": norm[fan_in], "conv1": shape(3, 3, fan_in, width)}
             block |= {"norm2": norm[width], "conv2": shape(3, 3, width, width)}
             shapes[f"stage{stage}_{index}"] = block | ({"skip": shape(1, 1, fan_in, width)} if fan_in != width else {})

@@ -220,7 +220,7 @@ def classification(
 
     Args:
       init: `(key, scale) -> params`.
-      scales: L, how many init scales phi holds; weights are multiplied at init by 10**u, u uniform in ± log10_init_scale.
+      scales: L, how many init scales phi holds; each is 10**u, u uniform in ± log10_init_scale.
       loss: "cross_entropy" in nats, or "squared": the squared distance of logits and one-hot labels.
 
     Raises ValueError for an invalid loss, and as `minibatched`.

@@ -53,7 +53,7 @@ def vae(
       hidden: widths of the encoder, and backwards of the decoder.
       latents: Z.
       beta: weight of the KL divergence, > 0; 1 is the bound itself, see Higgins et al. (2017).
-      activation: relu (He init), gelu, silu or tanh (LeCun init); the output layers have half LeCun's standard deviation.
+      activation: relu (He init), gelu, silu or tanh (LeCun init); outputs have half LeCun's standard deviation.
       batch_size: B; batches are x [B, pixels] in [0, 1], taken as probabilities.
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tasks.base import Task
 from tasks.data import images
 from tasks.layers import attention_scale, broadcast, initialise, product, shape, transformer, transformer_shapes
-from tasks.space import BATCH, CLASSIFICATION, INIT, SMALL_IMAGES, Choice, LogInt
+from tasks.space import CLASSIFICATION, INIT, SMALL_IMAGES, Choice, LogInt
 from tasks.supervised import activation_named, channelled, classification, require_positive, sources
 
 if TYPE_CHECKING:

@@ -1,0 +1,74 @@
+"""Tasks whose gradient is estimated by evolution strategies: noisy, and blind to the loss's smoothness.
+
+Source: Salimans et al. (2017), "Evolution strategies as a scalable alternative to reinforcement learning",
+arXiv:1703.03864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+import tasks
+from tasks.base import Task
+from tasks.space import Choice, LogFloat, LogInt
+from tasks.supervised import require_positive
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PRNGKeyArray
+
+SPACE = {
+    ("task", "settings"): Choice(
+        (
+            ("image_mlp", {"data": "digits", "size": 8, "hidden": (8,)}),
+            ("image_mlp", {"data": "mnist5k", "size": 8, "hidden": (16,)}),
+            ("tabular_mlp", {"hidden": (8,)}),
+            ("synthetic", {"function": "rastrigin", "dim": 8}),
+            ("quadratic", {"dim": 32}),
+        )
+    ),
+    "pairs": LogInt(4, 64),
+    "std": LogFloat(0.003, 0.1),
+}
+
+
+def es(
+    *,
+    task: str = "image_mlp",
+    settings: Mapping[str, Any] | None = None,
+    pairs: int = 32,
+    std: float = 0.02,
+) -> Task:
+    """A task of another family by the gradient of its Gaussian smoothing.
+
+    Args:
+      task: the other family.
+      settings: of the other family; None: those of a small MLP on 8×8 digits, or none for another family.
+      pairs: antithetic perturbations of the params a gradient takes.
+      std: of the perturbations, > 0.
+
+    Raises ValueError for an invalid setting, naming the valid ones.
+    """
+    require_positive("es", "pairs", [pairs])
+    if not 0.0 < std <= 1e6:
+        raise ValueError(f"es: std, got {std}; valid: above 0, to 1e6.")
+    if settings is None:
+        settings = {"data": "digits", "hidden": (8,)} if task == "image_mlp" else {}
+    inner = tasks.make(task, **settings)
+
+    def value_and_grad(params: Any, key: PRNGKeyArray, phi: Any, batch: Any) -> tuple[Float[Array, ""], Any]:
+        noise_key, loss_key = jax.random.split(key)
+        flat, unravel = ravel_pytree(params)
+        noise = std * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
+
+        def loss(perturbation: Array) -> Array:
+            return inner.loss(unravel(flat + perturbation), loss_key, phi, batch)
+
+        plus, minus = jax.vmap(loss)(noise), jax.vmap(loss)(-noise)
+        return jnp.mean(0.5 * (plus + minus)), unravel((plus - minus) @ noise / (2 * pairs * std**2))
+
+    return inner._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {std:g})")
