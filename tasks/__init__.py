@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tasks import space
 from tasks.base import SPLITS, Source, Split, Task
 from tasks.data import PREFIX, resolve
 from tasks.held_out import DEV, HELD_OUT, Reserved
@@ -32,8 +33,11 @@ REGISTRY: dict[str, str] = {
     "policy_gradient": "tasks.policy_gradient",
     "quadratic": "tasks.quadratic",
     "resnet": "tasks.resnet",
+    "rnn_lm": "tasks.rnn_lm",
     "synthetic": "tasks.synthetic",
     "tabular_mlp": "tasks.tabular_mlp",
+    "tabular_regression": "tasks.tabular_regression",
+    "transformer_lm": "tasks.transformer_lm",
     "vae": "tasks.vae",
     "vit": "tasks.vit",
 }
@@ -47,7 +51,7 @@ _LATER = {
     "from_nnx": "tasks.adapters",
 }
 
-__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin", *_LATER]
+__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin", "sample_family", "sample_settings", *_LATER]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,12 +68,14 @@ def make(family: str, **settings) -> Task:
         import path, so that nothing installed is shadowed. Own tasks are checked by `tasks.check`.
       settings: arguments of the family's factory. For families that take `data` there is also `source`: "embedded",
         "tfds" or "auto", see `tasks.data.load`; and `window`: how many training rows of a set of TFDS are on the device
-        at a time, see `tasks.data.stream`.
+        at a time, see `tasks.data.stream`. For all there is `augment`: wrappers to apply, the first innermost, as
+        `[("reparametrise", {"decades": 2}), …]`, see `tasks.augment`.
 
     Raises ValueError naming the nearest valid family or setting, or what is wrong with an own task.
     """
     factory = _factory(family)
     settings = pin(family, settings)
+    wrappers = settings.pop("augment", ())
     task = factory(**settings)
     if ":" in family:
         if not isinstance(task, Task):
@@ -79,6 +85,10 @@ def make(family: str, **settings) -> Task:
         check(task)
     if "?rows=" in str(settings.get("data", "")):
         task = task._replace(window=lambda i: factory(**settings | {"data": _window(settings["data"], i)}).data)
+    if wrappers:
+        from tasks.augment import wrap
+
+        task = wrap(task, wrappers)
     return task._replace(family=task.family or family)
 
 
@@ -96,7 +106,7 @@ def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = inspect.signature(_factory(family)).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    valid = [*parameters, *(["source", "window"] if "data" in parameters and "source" not in parameters else [])]
+    valid = [*parameters, "augment", *(["source", "window"] if "data" in parameters and "source" not in parameters else [])]
     for name in settings:
         if name not in valid and not open_ended:
             near = difflib.get_close_matches(name, valid, n=1)
@@ -145,3 +155,23 @@ def _own(spec: str) -> Callable[..., Any]:
         near = [n for n in vars(held) if callable(getattr(held, n)) and not n.startswith("_")]
         raise ValueError(f"tasks.make: {spec}: {module} has no function {name!r}; valid: {', '.join(near) or 'none'}.")
     return factory
+
+
+def sample_settings(family: str, seed: int) -> dict[str, Any]:
+    """Settings of a family (depth, width, activation, init scale, batch size, loss, data set …) drawn by a seed.
+
+    Drawn on the host, since they change shapes; from the family's `SPACE`, which names no data that is held out.
+
+    Raises ValueError for an unknown family, one without a `SPACE`, and a seed that is not a natural number.
+    """
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"tasks.sample_settings: seed, got {seed!r}; valid: integers from 0.")
+    held = getattr(sys.modules[_factory(family).__module__], "SPACE", None)
+    if held is None:
+        raise ValueError(f"tasks.sample_settings: family, got {family!r}, whose module has no SPACE; see tasks.space.")
+    return space.draw(family, held, seed)
+
+
+def sample_family(family: str, seed: int, **fixed) -> Task:
+    """The task of a family with settings by `sample_settings`, some of them fixed. Raises ValueError as `make`."""
+    return make(family, **(sample_settings(family, seed) | fixed))

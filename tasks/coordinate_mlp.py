@@ -126,5 +126,5 @@ def coordinate_mlp(
         eval_batches=eval_batches,
         name=f"coordinate_mlp({dataset.source.id}, {size}x{size}, {'-'.join(map(str, hidden))}, omega {omega[0]:g} to "
         f"{omega[1]:g}, batch {batch_size})",
-        provenance=(dataset.source,),
+        provenance=dataset.provenance,
     )

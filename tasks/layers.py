@@ -5,6 +5,7 @@ Layers without biases where a bias would have no gradient: before a normalisatio
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def product(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, ".
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def transformer_shapes(depth: int, width: int, heads: int, hidden: int) -> dict[str, Any]:
+def transformer_shapes(depth: int, width: int, hidden: int) -> dict[str, Any]:
     """Shapes of `transformer`'s params: block0, block1, … and the last normalisation."""
     norm = {"scale": shape(width), "bias": shape(width)}
     block = {
@@ -123,8 +124,7 @@ def transformer(
     Args:
       logit_scale: multiplies attention's logits: 1/sqrt(d_head), under muP sqrt(base d_head)/d_head.
     """
-    depth = len(params) - 1
-    for index in range(depth):
+    for index in itertools.takewhile(lambda i: f"block{i}" in params, itertools.count()):
         block = params[f"block{index}"]
         x = x + attention(block, layer_norm(block["norm1"], x), heads=heads, causal=causal, logit_scale=logit_scale)
         y = product(layer_norm(block["norm2"], x), block["up"]["w"])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.supervised import Params
 
 SPACE = {
-    ("data", "size"): Choice((("breast_cancer", None), ("digits", 8), ("mnist5k", 8), ("mnist5k", 14))),
+    ("data", "size"): Choice((("breast_cancer", None), ("wine", None), ("digits", 8), ("mnist5k", 8), ("mnist5k", 14))),
     "log10_decay": Choice(((-5.0, -3.0), (-4.0, -1.0))),
     "batch_size": BATCH,
 }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tasks.base import Split, Task
 from tasks.space import BATCH, Choice, LogFloat, LogInt
-from tasks.supervised import require_positive, split_index
+from tasks.supervised import ERRORS, require_positive, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -24,12 +24,7 @@ SPACE = {
     "noise": LogFloat(0.01, 0.3),
     "init_scale": LogFloat(0.03, 1.0),
     "batch_size": BATCH,
-    "loss": Choice(("squared", "absolute", "huber")),
-}
-LOSSES = {
-    "squared": lambda error: 0.5 * error**2,
-    "absolute": jnp.abs,
-    "huber": lambda error: jnp.where(jnp.abs(error) < 1, 0.5 * error**2, jnp.abs(error) - 0.5),
+    "loss": Choice(tuple(ERRORS)),
 }
 MOST = 46_340  # entries, whose square an int32 holds
 SHARES = (0.0, 0.6, 0.8, 1.0)  # of the entries, in an order that jumps over the matrix: train, validation, test
@@ -86,8 +81,8 @@ def matrix_factorisation(
         raise ValueError(f"{name}: noise, got {noise}; valid: a finite number ≥ 0.")
     if not 0.0 < init_scale < math.inf:
         raise ValueError(f"{name}: init_scale, got {init_scale}; valid: a finite number > 0.")
-    if loss not in LOSSES:
-        raise ValueError(f"{name}: loss, got {loss!r}; valid: {', '.join(LOSSES)}.")
+    if loss not in ERRORS:
+        raise ValueError(f"{name}: loss, got {loss!r}; valid: {', '.join(ERRORS)}.")
     total = rows * columns
     # Number k of the order is entry k * stride: a bijection, as they have no common factor.
     stride = next(s for s in range(round(0.618 * total), total) if math.gcd(s, total) == 1)
@@ -120,7 +115,7 @@ def matrix_factorisation(
 
     def objective(params: Params, key: PRNGKeyArray, phi: Phi, batch: Entries) -> Float[Array, ""]:
         product = jnp.sum(params["u"][batch.row] * params["v"][batch.column], axis=-1)
-        return jnp.mean(LOSSES[loss](product - batch.value))
+        return jnp.mean(ERRORS[loss](product - batch.value))
 
     return Task(
         data=(),

@@ -30,6 +30,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "silu": (jax.nn.silu, 1.0),
     "tanh": (jnp.tanh, 1.0),
 }
+# Of one prediction.
+ERRORS: dict[str, Callable[[Any], Any]] = {
+    "squared": lambda error: 0.5 * error**2,
+    "absolute": jnp.abs,
+    "huber": lambda error: jnp.where(jnp.abs(error) < 1, 0.5 * error**2, jnp.abs(error) - 0.5),
+}
 # The logits' variance at init is at most about OUTPUT_GAIN, which adds under 10 % to a loss of log(classes).
 OUTPUT_GAIN = 0.25
 MAX_EVAL_ROWS, MAX_EVAL_BATCH = 750, 250

@@ -12,7 +12,7 @@ from tasks.space import ACTIVATION, CLASSIFICATION, INIT, Choice, LogInt, Widths
 from tasks.supervised import classifier, mlp, mlp_forward, require_positive, sources
 
 SPACE = {
-    "data": Choice(("breast_cancer",)),
+    "data": Choice(("breast_cancer", "wine")),
     "hidden": Widths(0, 4, 8, 128),
     "activation": ACTIVATION,
     "batch_size": LogInt(8, 128),
@@ -46,6 +46,8 @@ def tabular_mlp(
     """
     require_positive("tabular_mlp", "hidden", hidden)
     datasets = sources("tabular_mlp", data, table)
+    if not datasets[0].classes:
+        raise ValueError(f"tabular_mlp: data, got {data!r}, which has no classes; valid: breast_cancer, wine.")
     widths = (datasets[0].x.shape[1], *hidden, datasets[0].classes)
     forward, output_fan_in = mlp_forward("tabular_mlp", hidden, mup_base)
     return classifier(

@@ -73,17 +73,16 @@ def vit(
     activate, _ = activation_named("vit", activation)
     logit_scale, forward, output_fan_in = attention_scale("vit", width, heads, mup_base)
     length, inputs = (size // patch) ** 2, patch**2 * datasets[0].x.shape[-1]
-    shapes = transformer_shapes(depth, width, heads, 4 * width) | {
+    shapes = transformer_shapes(depth, width, 4 * width) | {
         "patches": {"w": shape(inputs, width), "b": shape(width)},
         "embed_position": shape(length, width),
         "output": {"w": shape(width, datasets[0].classes), "b": shape(datasets[0].classes)},
     }
 
     def apply(params: dict[str, Any], x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
-        blocks = {name: leaf for name, leaf in params.items() if name.startswith(("block", "norm"))}
         x = product(patches(x, patch), params["patches"]["w"])
         x = x + broadcast(params["patches"]["b"], x) + params["embed_position"][None]
-        x = transformer(blocks, x, heads=heads, causal=False, activate=activate, logit_scale=logit_scale)
+        x = transformer(params, x, heads=heads, causal=False, activate=activate, logit_scale=logit_scale)
         return forward * (jnp.mean(x, axis=1) @ params["output"]["w"]) + params["output"]["b"][None]
 
     return classification(
