@@ -8,9 +8,10 @@ up", arXiv:2211.09760, appendix C.
 
 from __future__ import annotations
 
+import difflib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,13 @@ class Widths(NamedTuple):
         return tuple(one.draw(rng) for _ in range(rng.integers(self.shortest, self.longest + 1)))
 
 
+def near(name: str, valid: Iterable[str]) -> str:
+    """The end of an error's message: the nearest valid name, and all of them."""
+    closest = difflib.get_close_matches(name, list(valid), n=1)
+    hint = f" Did you mean {closest[0]!r}?" if closest else ""
+    return f"{hint} valid: {', '.join(valid)}."
+
+
 Distribution = Choice | LogInt | LogFloat | Widths
 BATCH = LogInt(16, 256)
 INIT = Choice((0.0, 0.25, 0.5))  # log10_init_scale
@@ -73,6 +81,6 @@ def draw(family: str, space: Mapping[str | tuple[str, ...], Distribution], seed:
     rng = np.random.default_rng([zlib.crc32(family.encode()), seed])
     settings: dict[str, Any] = {}
     for names, distribution in space.items():
-        drawn = distribution.draw(rng)
+        drawn: Any = distribution.draw(rng)
         settings |= {names: drawn} if isinstance(names, str) else dict(zip(names, drawn, strict=True))
     return settings
