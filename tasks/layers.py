@@ -138,7 +138,7 @@ def attention(
 ) -> Float[Array, "B L D"]:
     """Multi-head self-attention; `causal`: to itself and what came before."""
     query, key, value = (product(x, block[name]).reshape(*x.shape[:2], heads, -1) for name in ("query", "key", "value"))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * logit_scale
+    logits = jnp.einsum("bqhd,bkhd->bhqk", logit_scale * query, key)
     if causal:
         length = x.shape[1]
         allowed = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]

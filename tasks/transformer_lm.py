@@ -70,7 +70,7 @@ def transformer_lm(
     def apply(params: dict[str, Any], tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         x = params["embed"][tokens] + params["embed_position"][None]
         x = transformer(params, x, heads=heads, causal=True, activate=activate, logit_scale=logit_scale)
-        logits = forward * product(x, params["output"]["w"])
+        logits = product(forward * x, params["output"]["w"])
         return logits + broadcast(params["output"]["b"], logits)
 
     return language_model(

@@ -83,7 +83,7 @@ def vit(
         x = product(patches(x, patch), params["patches"]["w"])
         x = x + broadcast(params["patches"]["b"], x) + params["embed_position"][None]
         x = transformer(params, x, heads=heads, causal=False, activate=activate, logit_scale=logit_scale)
-        return forward * (jnp.mean(x, axis=1) @ params["output"]["w"]) + params["output"]["b"][None]
+        return (forward * jnp.mean(x, axis=1)) @ params["output"]["w"] + params["output"]["b"][None]
 
     return classification(
         "vit",

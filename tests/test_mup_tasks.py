@@ -1,0 +1,140 @@
+"""The coordinate check on tasks with `mup_base`: what Adam changes does not depend on the width. It can fail."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from products import products
+
+import tasks
+from lopt import mup
+
+FAST: Any = {"xla_backend_optimization_level": 0}
+FLAT, SLOPED = 0.15, 0.3  # slopes of log2 change against log2 width
+STEPS, SEEDS = 5, 3
+
+
+def mlp(width: int, base: int | None) -> tasks.Task:
+    hidden = (width, width)
+    return tasks.make("image_mlp", data="digits", hidden=hidden, mup_base=base and (base, base))
+
+
+def regression(width: int, base: int | None) -> tasks.Task:
+    return tasks.make("tabular_regression", hidden=(width, width), mup_base=base and (base, base))
+
+
+def table(width: int, base: int | None) -> tasks.Task:
+    return tasks.make("tabular_mlp", hidden=(width, width), mup_base=base and (base, base))
+
+
+def vit(width: int, base: int | None) -> tasks.Task:
+    return tasks.make("vit", data="digits", width=width, depth=1, patch=4, mup_base=base)
+
+
+def transformer(width: int, base: int | None) -> tasks.Task:
+    return tasks.make("transformer_lm", width=width, depth=1, length=16, batch_size=8, mup_base=base)
+
+
+FACTORIES = {one.__name__: one for one in (mlp, regression, table, vit, transformer)}
+
+
+@functools.cache
+def change(name: str, width: int, base: int | None, adapted: bool) -> np.ndarray:
+    """[products] root mean square change of each product over STEPS of Adam on one batch, geometric mean over SEEDS."""
+    make, key = FACTORIES[name], jax.random.key(0)
+    task = make(width, base)
+    phi = task.sample(key)
+    shapes = [jax.eval_shape(make(w, base).init, key, phi) for w in (base or width, width)]
+    factors = mup.multipliers(*shapes, "adam") if adapted else jax.tree.map(lambda _: 1.0, shapes[1])
+    adam = optax.adam(3e-3)
+
+    def run(key: jax.Array, data: Any, factors: Any) -> list[jax.Array]:
+        params = task.init(key, phi)
+        batch = task.batch(key, phi, data, "train")
+
+        def step(_: jax.Array, carry: Any) -> Any:
+            params, state = carry
+            updates, state = adam.update(jax.grad(task.loss)(params, key, phi, batch), state)
+            return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, factors)), state
+
+        trained, _ = jax.lax.fori_loop(0, STEPS, step, (params, adam.init(params)))
+        measured = lambda params: products(task.loss, params, key, phi, batch)  # noqa: E731
+        pairs = zip(measured(params), measured(trained), strict=True)
+        return [jnp.sqrt(jnp.mean((after - before) ** 2)) for before, after in pairs]
+
+    mapped = jax.jit(jax.vmap(run, (0, None, None)), compiler_options=FAST)
+    return np.exp(np.mean(np.log(mapped(jax.random.split(key, SEEDS), task.data, factors)), axis=1))
+
+
+def slopes(name: str, widths: tuple[int, ...], *, base: bool = True, adapted: bool = True) -> np.ndarray:
+    """[products] sizes of the slopes of the logarithms."""
+    first, *rest = widths
+    found = [change(name, first, first, True), *(change(name, w, first if base else None, adapted) for w in rest)]
+    return np.abs(np.polyfit(np.log2(widths), np.log2(np.stack(found)), 1)[0])
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_what_training_changes_does_not_depend_on_the_width(name):
+    # Narrow attention's logits still depend on their chance alignment at init.
+    widths = (128, 512)
+    assert max(slopes(name, widths)) < FLAT
+    assert max(slopes(name, widths, adapted=False)) > SLOPED  # without the optimizer's part
+    assert max(slopes(name, widths, base=False, adapted=False)) > SLOPED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACTORIES)
+def test_to_width_1024(name):
+    assert max(slopes(name, (128, 256, 512, 1024))) < FLAT
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_forward_and_init_are_those_of_lopt_mup(name):
+    """At the base width nothing changes; wider, init and forward multipliers are what lopt.mup says of the shapes."""
+    make, key = FACTORIES[name], jax.random.key(0)
+    plain, base, wide = make(32, None), make(32, 32), make(128, 32)
+    phi = plain.sample(key)
+    batch = plain.batch(key, phi, plain.data, "train")
+    params = plain.init(key, phi)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, params, base.init(key, phi)))
+    assert plain.loss(params, key, phi, batch) == pytest.approx(float(base.loss(params, key, phi, batch)), rel=1e-6)
+    grown = wide.init(key, phi)
+    about = mup.describe(params, grown)
+    for old, new, one in zip(*map(jax.tree.leaves, (params, grown)), leaves(about), strict=True):
+        if old.ndim > 1:
+            assert new.std() / old.std() == pytest.approx(one.init, rel=0.25)
+    assert [one.forward for one in leaves(about) if one.role == "output"] == [0.25]
+    # A wide network whose output weights are all equal has 0.25 times the sum in its logits.
+    doubled = jax.tree.map(lambda p, one: p if one.role != "output" else 4 * p, grown, about)
+    standard = make(128, None)
+    if name in ("mlp", "regression", "table"):
+        scaled = jax.tree.map(lambda p, one: p if one.role != "output" else p * one.forward, doubled, about)
+        assert standard.loss(scaled, key, phi, batch) == pytest.approx(float(wide.loss(doubled, key, phi, batch)))
+
+
+def leaves(about: Any) -> list[mup.Mup]:
+    return jax.tree.leaves(about, is_leaf=lambda x: isinstance(x, mup.Mup))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        (
+            "image_mlp",
+            {"mup_base": (8, 8)},
+            r"image_mlp: mup_base, got \(8, 8\); valid: as many widths as hidden=\(32,\)",
+        ),
+        ("image_mlp", {"mup_base": (), "hidden": ()}, r"image_mlp: mup_base, got \(\)"),
+        ("vit", {"mup_base": 3}, "vit: mup_base, got 3 with heads=2; valid: multiples of heads"),
+        ("transformer_lm", {"width": 33}, "transformer_lm: width, got 33 with heads=2; valid: multiples of heads"),
+    ],
+)
+def test_settings_are_validated(family, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.make(family, **settings)
