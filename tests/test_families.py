@@ -1,0 +1,314 @@
+"""The contract of a task, over every registered family at a small size; three programs are compiled a family."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tasks
+from tasks import SPLITS
+from tasks.supervised import Examples
+
+STEPS, SEEDS = 200, 16
+FAST: Any = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+KEYS = jax.random.split(jax.random.key(0), 5)
+
+
+class Case(NamedTuple):
+    settings: dict[str, Any]
+    lr: float = 3e-3
+    ratio: float = 0.6  # of the validation loss after 200 steps of Adam to that before
+
+
+spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "benchmarks/families.py")
+assert spec is not None
+assert spec.loader is not None
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules["families"] = benchmark  # where its NamedTuple looks for its types
+spec.loader.exec_module(benchmark)
+
+CASES = {
+    "autoencoder": Case({"hidden": (16,), "code": 4}),
+    "cnn": Case({"size": 8, "channels": (4, 8), "batch_size": 32}),
+    "coordinate_mlp": Case({"hidden": (16, 16), "batch_size": 32}, lr=0.01, ratio=0.5),
+    "diffusion": Case({"depth": 1, "width": 32, "frequencies": 4}, lr=0.01, ratio=0.7),
+    "es": Case({"pairs": 16}, lr=0.03, ratio=0.9),
+    "graph_network": Case({}, lr=0.01),
+    "image_mlp": Case({}, ratio=0.5),
+    "logistic_regression": Case({}, lr=0.03, ratio=0.4),
+    "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
+    "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),
+    "pinn": Case({"hidden": (16, 16), "batch_size": 32}, lr=0.01),
+    "policy_gradient": Case({"episodes": 8, "length": 50}, lr=0.02, ratio=0.5),
+    "quadratic": Case({}, lr=0.03, ratio=0.1),
+    "resnet": Case({"channels": (4, 8), "batch_size": 16}, lr=0.01),
+    "rnn_lm": Case({"width": 16, "embedding": 8, "length": 16, "batch_size": 16}, lr=0.02, ratio=0.75),
+    "synthetic": Case({"noise": 0.01}, lr=0.01, ratio=0.2),
+    "tabular_mlp": Case({}, ratio=0.3),
+    "tabular_regression": Case({}, ratio=0.7),
+    "transformer_lm": Case({"depth": 1, "width": 16, "length": 16, "batch_size": 16}, lr=0.01, ratio=0.75),
+    "vae": Case({"hidden": (16,), "latents": 4}),
+    "vit": Case({"depth": 1, "width": 16, "batch_size": 32}, lr=0.01),
+}
+FAMILIES = sorted(tasks.REGISTRY)
+
+
+@functools.cache
+def make(family):
+    if family in ("autoencoder", "vae"):
+        pytest.importorskip("haiku")
+    return tasks.make(family, **CASES[family].settings)
+
+
+def test_every_family_has_a_case():
+    assert set(CASES) == set(FAMILIES)
+
+
+def step(task, params, key, phi, held):
+    """Batch, loss and gradient."""
+    batch_key, loss_key = jax.random.split(key)
+    batch = task.batch(batch_key, phi, held, "train")
+    return batch, *(task.value_and_grad or jax.value_and_grad(task.loss))(params, loss_key, phi, batch)
+
+
+def begin(task, key, held):
+    """phi, params, batch, loss and gradient of one key."""
+    phi_key, init_key, step_key = jax.random.split(key, 3)
+    phi = task.sample(phi_key)
+    params = task.init(init_key, phi)
+    return phi, params, *step(task, params, step_key, phi, held)
+
+
+@functools.cache
+def begun(family):
+    """`begin` of SEEDS keys, mapped."""
+    task = make(family)
+    mapped = jax.jit(jax.vmap(functools.partial(begin, task), (0, None)), compiler_options=FAST)
+    return mapped(jax.random.split(KEYS[0], SEEDS), task.data)
+
+
+def pick(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def equal(one, other):
+    return all(jax.tree.leaves(jax.tree.map(jnp.array_equal, one, other)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_finite_and_every_leaf_has_a_gradient(family):
+    task = make(family)
+    phi, params, batch, loss, grads = begun(family)
+    assert loss.shape == (SEEDS,)
+    assert jnp.isfinite(loss).all()
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        assert jnp.isfinite(leaf).all(), path
+        assert jnp.any(leaf.reshape(SEEDS, -1) != 0, axis=1).all(), path
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((phi, params)))  # an update would make them strong
+    if task.metrics:
+        found = jax.eval_shape(task.metrics, pick(params, 0), KEYS[2], pick(phi, 0), pick(batch, 0))
+        assert found
+        assert all(value.shape == () for value in found.values())
+    assert task.name.startswith(family)
+    assert task.version >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_at_init_is_near_its_closed_form(family):
+    task = make(family)
+    if task.init_loss is None:
+        assert family in ("coordinate_mlp", "pinn", "policy_gradient", "synthetic", "vae")
+        return
+    losses = begun(family)[3]
+    assert abs(losses.mean() - task.init_loss) < 0.1 * task.init_loss + 4 * losses.std() / SEEDS**0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_and_mapped_are_the_same_and_compile_once(family):
+    """vmap over phi, params and keys; one key gives one batch; other values of the same shapes do not recompile."""
+    task, traces = make(family), []
+    phi, params, *mapped = begun(family)
+    keys = jax.vmap(lambda key: jax.random.split(key, 3)[2])(jax.random.split(KEYS[0], SEEDS))
+
+    def traced(*arguments):
+        traces.append(1)
+        return step(task, *arguments)
+
+    alone = jax.jit(traced, compiler_options=FAST)
+    for i in (0, 1):
+        found = alone(pick(params, i), keys[i], pick(phi, i), task.data)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+        jax.tree.map(close, found, tuple(pick(mapped, i)))
+    assert equal(found, alone(pick(params, 1), keys[1], pick(phi, 1), task.data))
+    other = alone(pick(params, 1), keys[2], pick(phi, 1), task.data)
+    assert not equal(found, other)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, pick(params, 1), found[2])
+    alone(moved, keys[3], pick(phi, 2), jax.tree.map(jnp.copy, task.data))
+    assert len(traces) == 1
+
+
+def validation(task, params, phi, held):
+    if not task.eval_batches:
+        batches = jax.lax.map(lambda key: task.batch(key, phi, held, "validation"), jax.random.split(KEYS[3], 4))
+    else:
+        batches = task.eval_batches(phi, held, "validation")
+    return jnp.mean(jax.lax.map(lambda batch: task.loss(params, KEYS[3], phi, batch), batches))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adam_lowers_the_validation_loss(family):
+    task, case = make(family), CASES[family]
+    phi, params, *_ = pick(begun(family), 0)
+    adam = optax.adam(case.lr)
+
+    @jax.jit
+    def train(params, held):
+        def body(carry, key):
+            params, state = carry
+            updates, state = adam.update(step(task, params, key, phi, held)[2], state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (last, _), _ = jax.lax.scan(body, (params, adam.init(params)), jax.random.split(KEYS[4], STEPS))
+        ends = jax.tree.map(lambda *x: jnp.stack(x), params, last)
+        return jax.lax.map(lambda end: validation(task, end, phi, held), ends)
+
+    first, last = train(params, task.data)
+    assert last < case.ratio * first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuned_adam_lowers_the_validation_loss_at_the_defaults(family):
+    """As in docs/tasks.md."""
+    if family in ("autoencoder", "vae"):
+        pytest.importorskip("haiku")
+    found = benchmark.curves(tasks.make(family), benchmark.RATES)
+    losses = found[benchmark.best(found)]
+    assert losses[-1, 1] < CASES[family].ratio * losses[0, 1]
+    assert losses[-1, 0] < CASES[family].ratio * losses[0, 0]
+
+
+def test_flops_are_counted_by_hand():
+    """Two products forward and four backward, whatever a loop or a wrapper hides them in."""
+
+    def loss(w, x):
+        def step(x, _):
+            return jax.jit(jnp.tanh)(x @ w["a"]) @ w["b"], None
+
+        return jnp.sum(jax.lax.scan(step, x, length=7)[0])
+
+    shapes = {"a": jnp.ones((30, 40)), "b": jnp.ones((40, 30))}, jnp.ones((20, 30))
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(*shapes).jaxpr
+    products = 6 * 2 * 20 * 30 * 40
+    assert 7 * products < benchmark.flops(jaxpr) < 1.2 * 7 * products
+
+
+def constants(task) -> int:
+    """Numbers baked into the traced functions of a task."""
+
+    def everything(key, held):
+        phi, *rest = begin(task, key, held)
+        return rest, task.eval_batches(phi, held, "test") if task.eval_batches else ()
+
+    def count(closed):
+        total = sum(np.size(const) for const in closed.consts)
+        for equation in closed.jaxpr.eqns:
+            subs = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr"))
+            total += sum(count(sub) for sub in subs if hasattr(sub, "jaxpr") and hasattr(sub, "consts"))
+        return total
+
+    return count(jax.make_jaxpr(jax.jit(everything))(KEYS[2], task.data))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_is_never_closed_over(family):
+    task = make(family)
+    assert constants(task) < 500
+    leaky = task._replace(batch=lambda key, phi, _, split: task.batch(key, phi, task.data, split))
+    assert not jax.tree.leaves(task.data) or constants(leaky) > 3000
+
+
+# Which examples the splits hold
+
+
+def numbered(task):
+    """The task's data with each example replaced by its number."""
+    if isinstance(task.data, Examples):
+        rows, x = jnp.arange(len(task.data.y)), task.data.x
+        return Examples(jnp.broadcast_to(rows.reshape(-1, *[1] * (x.ndim - 1)), x.shape), rows)
+    return jnp.arange(len(task.data)) if getattr(task.data, "ndim", 0) == 1 else task.data
+
+
+# family -> which examples a batch holds; `None`: fresh draws, of which none comes twice
+EXAMPLES = {
+    "coordinate_mlp": lambda batch: batch.place[..., 0] * 1000 + batch.place[..., 1],
+    "graph_network": lambda batch: batch.node,
+    "matrix_factorisation": lambda batch: batch.row * 1000 + batch.column,
+    "rnn_lm": lambda batch: batch,
+    "transformer_lm": lambda batch: batch,
+} | dict.fromkeys(("pinn", "policy_gradient", "quadratic", "synthetic"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_example_is_in_two_splits(family):
+    task, which = make(family), EXAMPLES.get(family, lambda batch: batch.y)
+    if which is None:
+        assert task.data == ()
+        assert task.eval_batches is None
+        return
+    phi = pick(begun(family)[0], 0)
+    keys = list(KEYS)
+
+    def examples(held):
+        batches = [
+            (task.eval_batches(phi, held, split), *(task.batch(key, phi, held, split) for key in keys))
+            for split in SPLITS
+        ]
+        return [[which(batch) for batch in one] for one in batches]
+
+    found = jax.jit(examples, compiler_options=FAST)(numbered(task))
+    used = [{number for batch in one for number in np.ravel(batch).tolist()} for one in found]
+    assert min(map(len, used)) > 5
+    for one, other in itertools.combinations(used, 2):
+        assert not one & other
+
+
+# Draws of settings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_of_a_family_differ_and_are_valid(family):
+    module = importlib.import_module(tasks.REGISTRY[family])
+    drawn = [tasks.sample_settings(family, seed) for seed in range(20)]
+    assert drawn[3] == tasks.sample_settings(family, 3)
+    assert len({str(settings) for settings in drawn}) >= 18
+    names = {name for key in module.SPACE for name in ([key] if isinstance(key, str) else key)}
+    assert all(set(settings) == names for settings in drawn)
+    for name in names:
+        assert len({str(settings[name]) for settings in drawn}) > 1 or name in ("data", "patch"), name
+    if family in ("autoencoder", "vae"):
+        pytest.importorskip("haiku")
+    made = [tasks.sample_family(family, seed) for seed in range(4)]
+    assert len({task.name for task in made}) == 4
+    for task in made:
+        shapes = jax.eval_shape(functools.partial(begin, task), KEYS[0], task.data)
+        assert shapes[3].shape == ()
+
+
+def test_fixed_settings_are_not_drawn():
+    assert "digits" in tasks.sample_family("cnn", 1, data="digits", size=8, channels=(4,)).name
+    with pytest.raises(ValueError, match="seed, got -1; valid: integers from 0"):
+        tasks.sample_settings("cnn", -1)
+    with pytest.raises(ValueError, match=r"unknown family 'cn'\. Did you mean 'cnn'"):
+        tasks.sample_settings("cn", 1)
