@@ -51,7 +51,21 @@ _LATER = {
     "from_nnx": "tasks.adapters",
 }
 
-__all__ = ["DEV", "HELD_OUT", "REGISTRY", "SPLITS", "Reserved", "Source", "Split", "Task", "make", "pin", "sample_family", "sample_settings", *_LATER]
+__all__ = [
+    "DEV",
+    "HELD_OUT",
+    "REGISTRY",
+    "SPLITS",
+    "Reserved",
+    "Source",
+    "Split",
+    "Task",
+    "make",
+    "pin",
+    "sample_family",
+    "sample_settings",
+    *_LATER,
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -106,7 +120,11 @@ def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = inspect.signature(_factory(family)).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    valid = [*parameters, "augment", *(["source", "window"] if "data" in parameters and "source" not in parameters else [])]
+    valid = [
+        *parameters,
+        "augment",
+        *(["source", "window"] if "data" in parameters and "source" not in parameters else []),
+    ]
     for name in settings:
         if name not in valid and not open_ended:
             near = difflib.get_close_matches(name, valid, n=1)

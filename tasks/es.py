@@ -26,7 +26,7 @@ SPACE = {
         (
             ("image_mlp", {"data": "digits", "size": 8, "hidden": (8,)}),
             ("image_mlp", {"data": "mnist5k", "size": 8, "hidden": (16,)}),
-            ("tabular_mlp", {"hidden": (8,)}),
+            ("logistic_regression", {"data": "wine", "size": None}),
             ("synthetic", {"function": "rastrigin", "dim": 8}),
             ("quadratic", {"dim": 32}),
         )

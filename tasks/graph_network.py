@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,12 @@ BLOCKS, BLOCK, WITHIN, BETWEEN, FEATURES = 4, 40, 0.12, 0.02, 16  # of the block
 
 
 class Graph(NamedTuple):
-    """A whole graph."""
+    """A whole graph, in numpy's or JAX's arrays."""
 
-    mix: Float[Array, "N N"]  # D^-1/2 (A + I) D^-1/2
-    features: Float[Array, "N F"]
-    label: Int[Array, " N"]
-    order: Int[Array, " N"]  # nodes, those of train, validation and test in turn
+    mix: Any  # [N, N] D^-1/2 (A + I) D^-1/2
+    features: Any  # [N, F]
+    label: Any  # [N] int32
+    order: Any  # [N] int32, nodes, those of train, validation and test in turn
 
 
 class Batch(NamedTuple):
@@ -91,10 +91,10 @@ def load(name: str) -> tuple[Graph, int, tuple[int, ...], Source]:
     degree = linked.sum(0) ** -0.5
     # Ordered by random numbers, not by rng.permutation, for the same reason.
     order = np.argsort(np.random.default_rng(1).random(len(label)))
-    arrays = (degree[:, None] * linked * degree, features), (label, order)
-    graph = Graph(*(x.astype(np.float32) for x in arrays[0]), *(x.astype(np.int32) for x in arrays[1]))
-    digest = hashlib.sha256(b"".join(x.tobytes() for x in (linked.astype(np.int8), graph.features, *graph[2:])))
-    return graph, int(label.max()) + 1, stops, Source(name, digest.hexdigest())
+    mix = (degree[:, None] * linked * degree).astype(np.float32)
+    rest = features.astype(np.float32), label.astype(np.int32), order.astype(np.int32)
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in (linked.astype(np.int8), *rest)))
+    return Graph(mix, *rest), int(label.max()) + 1, stops, Source(name, digest.hexdigest())
 
 
 def graph_network(

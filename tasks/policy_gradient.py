@@ -34,10 +34,12 @@ SPACE = {
 class Environment(Protocol):
     """Rewards are in [0, 1]; a step is `(physics, state, action) -> state`, all with a leading axis of episodes."""
 
-    physics: tuple[float, ...]  # nominal values
-    features: int  # of an observation
-    outputs: int  # of the policy
-
+    @property
+    def physics(self) -> tuple[float, ...]: ...  # nominal values
+    @property
+    def features(self) -> int: ...  # of an observation
+    @property
+    def outputs(self) -> int: ...  # of the policy
     def start(self, key: PRNGKeyArray, episodes: int) -> Float[Array, "B S"]: ...
     def observe(self, state: Float[Array, "B S"]) -> Float[Array, "B F"]: ...
     def act(self, key: PRNGKeyArray, out: Float[Array, "B O"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:

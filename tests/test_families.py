@@ -55,7 +55,7 @@ CASES = {
     "rnn_lm": Case({"width": 16, "embedding": 8, "length": 16, "batch_size": 16}, lr=0.02, ratio=0.75),
     "synthetic": Case({"noise": 0.01}, lr=0.01, ratio=0.2),
     "tabular_mlp": Case({}, ratio=0.3),
-    "tabular_regression": Case({}, ratio=0.7),
+    "tabular_regression": Case({}, ratio=0.8),  # half of the variance is noise
     "transformer_lm": Case({"depth": 1, "width": 16, "length": 16, "batch_size": 16}, lr=0.01, ratio=0.75),
     "vae": Case({"hidden": (16,), "latents": 4}),
     "vit": Case({"depth": 1, "width": 16, "batch_size": 32}, lr=0.01),

@@ -21,7 +21,10 @@ ALLOWED = {
 REGISTRIES = {
     "lopt/rules": ("lopt.rules", set()),
     "meta_train/estimators": ("meta_train.estimators", {"base", "unroll"}),
-    "tasks": ("tasks", {"adapters", "augment", "base", "checks", "held_out", "language", "layers", "space", "supervised"}),
+    "tasks": (
+        "tasks",
+        {"adapters", "augment", "base", "checks", "held_out", "language", "layers", "space", "supervised"},
+    ),
 }
 
 
