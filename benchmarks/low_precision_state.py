@@ -2,9 +2,9 @@
 
     python benchmarks/low_precision_state.py [--steps 500] [--seeds 3] [--json FILE]
 
-The shipped weights `quickstart`, untuned, on six tasks; the same seeds with accumulators in float32, in bfloat16 rounded
-stochastically (what `accumulators="bfloat16"` does), and, as a control, in bfloat16 rounded to the nearest. Loss over the
-fixed evaluation batches, mean ± standard deviation over seeds. About five minutes on two cores.
+The shipped weights `quickstart`, untuned, on six tasks; the same seeds with accumulators in float32, in bfloat16
+rounded stochastically (what `accumulators="bfloat16"` does), and, as a control, in bfloat16 rounded to the nearest.
+Loss over the fixed evaluation batches, mean ± standard deviation over seeds. About five minutes on two cores.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from meta_train import config as cfg
 from tasks import Task, held_out
 
 
-def make_tasks(run: cfg.Run) -> list[Task]:
-    """The tasks of the groups, in their order.
+def make_tasks(run: cfg.Run, groups: Sequence[cfg.Group]) -> list[Task]:
+    """The tasks of groups of the run, in their order.
 
     Raises ValueError for an unknown family or setting, and for a task that touches what is held out unless the run
     allows it.
     """
-    made = [tasks.make(group.family, **group.settings) for group in run.groups]
+    made = [tasks.make(group.family, **group.settings) for group in groups]
     if not run.allow_held_out:
         held_out.refuse("lopt-train", made)
     return made
@@ -26,8 +26,12 @@ def make_tasks(run: cfg.Run) -> list[Task]:
 
 def pinned(run: cfg.Run) -> cfg.Run:
     """The run with the data sets that its sources serve here and now, by version and sha256: what is to be recorded."""
-    groups = tuple(dataclasses.replace(g, settings=tasks.pin(g.family, g.settings)) for g in run.groups)
-    return dataclasses.replace(run, groups=groups)
+
+    def pin(groups: Sequence[cfg.Group]) -> tuple[cfg.Group, ...]:
+        return tuple(dataclasses.replace(g, settings=tasks.pin(g.family, g.settings)) for g in groups)
+
+    on = dataclasses.replace(run.validation, tasks=pin(run.validation.tasks))
+    return dataclasses.replace(run, groups=pin(run.groups), validation=on)
 
 
 def feed(

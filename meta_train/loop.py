@@ -100,7 +100,7 @@ def train(
             if profile and at - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(folder / "profile"))
             # What has no part in a meta-step is kept out of its program, whose bits it could change.
-            moved, metrics = program.at(at).meta_step(program.data, state._replace(best=()))
+            moved, metrics = program.at(at).meta_step(program.feed(at), state._replace(best=()))
             state = moved._replace(best=state.best)
             meter.add(metrics)
             at += 1

@@ -23,6 +23,7 @@ from meta_train import config as cfg
 from meta_train import distributed, meta_optimizer, placement, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
+from meta_train.groups import feed, make_tasks
 from meta_train.inner import Horizon, Inner, make_inner
 
 AXIS = "particles"
@@ -71,6 +72,7 @@ class Program(NamedTuple):
       gather: a whole State as numpy in every process; all processes must ask.
       shapes: of a whole State.
       layout: in words, the devices and processes that a State lies on.
+      feed: `meta-step -> data`, of which a window at a time may be on the devices.
       validate: `State -> (State, scores by name)`, or None without meta-validation.
     """
 
@@ -82,6 +84,7 @@ class Program(NamedTuple):
     gather: Callable[[State], State]
     shapes: State
     layout: str
+    feed: Callable[[int], tuple[Any, ...]]
     validate: Callable[[State], tuple[State, dict[str, jax.Array]]] | None = None
 
     def at(self, step: int) -> Stage:
@@ -150,7 +153,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         the devices, groups on processes that there are not, or meta-validation on a task of the mixture.
     """
     rule = rules.make(run.rule, **run.rule_settings)
-    group_tasks = [tasks.make(group.family, **group.settings) for group in run.groups]
+    group_tasks = make_tasks(run, run.groups)
     mesh, placed = _devices_of(run)
     start_theta = _start(run, rule, start)
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
@@ -221,7 +224,8 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
 
     shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
     data = [jax.device_get(task.data) for task in group_tasks]
-    pieces = Pieces(rule, data, run.schedule(), weights, shapes, initial, estimates, update, most)
+    fed = partial(feed, group_tasks, every=run.window_steps)
+    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, initial, estimates, update, most)
     program = _together(pieces, mesh) if placed is None else _apart(pieces, mesh, placed)
     if not run.validation.tasks:
         return program
@@ -233,6 +237,7 @@ class Pieces(NamedTuple):
 
     rule: LearnedOptimizer
     data: Sequence[Any]  # of the groups, on the host
+    feed: Callable[..., Callable[[int], tuple[Any, ...]]]  # of data on the devices and of what puts them there
     schedule: tuple[cfg.Stage, ...]
     weights: Sequence[float]  # of the groups, summing to 1
     shapes: State
@@ -275,9 +280,12 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         return place(jax.device_get(pieces.initial(range(len(pieces.weights)))))
 
     # By way of the host: an array of one process cannot be spread over the devices of all.
-    data, place = jax.device_put(tuple(pieces.data), replicated), _copy_to(shardings)
-    stages = tuple(compiled(stage) for stage in pieces.schedule)
-    return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh))
+    def put(held: Sequence[Any]) -> tuple[Any, ...]:
+        return jax.device_put(jax.device_get(tuple(held)), replicated)
+
+    data, place = put(pieces.data), _copy_to(shardings)
+    stages, fed = tuple(compiled(stage) for stage in pieces.schedule), pieces.feed(data=data, put=put)
+    return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh), fed)
 
 
 def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
@@ -327,9 +335,14 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
         return place(jax.device_get(pieces.initial(placed.here)))
 
     rest, particles = _copy_to(replicated), _copy_to(NamedSharding(own, SPREAD))
-    data = jax.device_put(placed.only(pieces.data), NamedSharding(own, EVERYWHERE))
+
+    def put(held: Sequence[Any]) -> tuple[Any, ...]:
+        return jax.device_put(placed.only(jax.device_get(tuple(held))), NamedSharding(own, EVERYWHERE))
+
+    data = put(pieces.data)
     stages = tuple(compiled(stage) for stage in pieces.schedule)
-    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, _words(mesh, placed))
+    fed = pieces.feed(data=data, put=put)
+    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, _words(mesh, placed), fed)
 
 
 def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:
@@ -383,7 +396,7 @@ def _validator(
     run: cfg.Run, rule: LearnedOptimizer, mixture: Sequence[tasks.Task], mesh: Mesh, key: jax.Array
 ) -> Callable[[State], tuple[State, dict[str, jax.Array]]]:
     """Meta-validation of a run. Raises ValueError for a task of the mixture, or one that cannot be built."""
-    held_out = [tasks.make(group.family, **group.settings) for group in run.validation.tasks]
+    held_out = make_tasks(run, run.validation.tasks)
     for i, (group, task) in enumerate(zip(run.validation.tasks, held_out, strict=True)):
         for j, (other, trained) in enumerate(zip(run.groups, mixture, strict=True)):
             shared = {source.id for source in task.provenance} & {source.id for source in trained.provenance}

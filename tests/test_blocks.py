@@ -45,7 +45,12 @@ def close(ours, theirs, rtol=1e-4):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), ours, theirs)
 
 
-@pytest.mark.parametrize("name", RULES)
+def some_slow(names, quick):
+    """The others are run by make test-all."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(RULES, ("nn_adam", "small_fc", "tiny")))
 def test_blocks_change_nothing(name, monkeypatch):
     expected = two_steps(name, SHAPES)
     set_block(monkeypatch, 32)
@@ -91,8 +96,14 @@ def test_every_rank_in_blocks(shape, monkeypatch):
         close(renewed(shape, cut), expected)
 
 
-@pytest.mark.parametrize("name", ["celo2", "small_fc", "velo"])
-@pytest.mark.parametrize("block", [WHOLE, 24])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("small_fc", 24),
+        ("velo", WHOLE),
+        *(pytest.param(*xs, marks=pytest.mark.slow) for xs in (("celo2", 24), ("celo2", WHOLE), ("velo", 24))),
+    ],
+)
 def test_stacks_change_nothing(name, block, monkeypatch):
     """Five equal matrices and five equal vectors, by so many at once and then in loops over the stack."""
     shapes = {f"m{i}": (4, 3) for i in range(5)} | {f"v{i}": (5,) for i in range(5)}

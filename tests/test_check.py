@@ -206,7 +206,7 @@ def test_lopt_train_makes_groups_of_own_families(own):
     pinned = launch._pinned(launched.run)
     (group,) = pinned.groups
     assert (group.family, group.settings) == ("users_tasks:family", {"width": 3})
-    assert [task.name for task in groups.make_tasks(pinned)] == ["wine-3"]
+    assert [task.name for task in groups.make_tasks(pinned, pinned.groups)] == ["wine-3"]
     two = launch.parse("quickstart", ["--task", "users_tasks:family", "--task=cnn", "--groups.1.weight", "2"]).run
     assert [(group.family, group.weight) for group in two.groups] == [("users_tasks:family", 1.0), ("cnn", 2.0)]
 

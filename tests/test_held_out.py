@@ -194,9 +194,9 @@ def test_recordings_are_judged_by_what_they_kept():
 def test_lopt_train_refuses_and_can_be_told(tmp_path):
     run = cfg.Run("x", (cfg.Group("image_mlp", SMALL),))
     with pytest.raises(ValueError, match="touches what is held out"):
-        groups.make_tasks(run)
+        groups.make_tasks(run, run.groups)
     allowed = cfg.Run.from_json(run.to_json() | {"allow_held_out": True})
-    assert len(groups.make_tasks(allowed)) == 1
+    assert len(groups.make_tasks(allowed, allowed.groups)) == 1
     with pytest.raises(ValueError, match=r"config\.allow_held_out, got 1; valid: bool"):
         cfg.Run.from_json(run.to_json() | {"allow_held_out": 1})
     arguments = ["quickstart", "--groups.0.settings", '{"data": "fashion10k"}', "--compare", ""]

@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from test_blocks import some_slow
 from test_rules_contract import LOSS, RULES, bound, close, jit, tree
 
 from lopt import blocks
@@ -40,7 +41,7 @@ def exchanged(text: str) -> list[int]:
     return [sum(product(dims) for dims in one) for one in sizes]
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", some_slow(RULES, ("celo2", "small_fc", "tiny")))
 def test_parts_give_the_whole_result(name):
     # All ranks, and equal tensors that are stacked, for two rules; a matrix and a vector for the others.
     shapes = SHAPES if name in ("small_fc", "velo") else {k: SHAPES[k] for k in ("b", "w")}
