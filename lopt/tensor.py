@@ -7,7 +7,6 @@ gradient is finite, learning rate, decay.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -76,6 +75,7 @@ class Tensor(NamedTuple):
     step: Step
     change: Callable[[jax.Array], jax.Array]  # elementwise, applied to the gradient in float32
     cut: blocks.Cut | None
+    plain: bool  # for derivatives, which reductions of several arrays do not have
 
     @property
     def state(self) -> Any:
@@ -133,7 +133,7 @@ class Tensor(NamedTuple):
         def mean(x: jax.Array) -> jax.Array:
             return self.pooled(jnp.mean(x * x, axis=axes, keepdims=True), axes)
 
-        if self.cut is None:
+        if self.plain:
             return [mean(x) for x in whole()]
         large = [i for i, x in enumerate(jax.eval_shape(whole)) if x.shape == self.shape]
 
@@ -312,15 +312,13 @@ class Group(NamedTuple):
             )
             return Moved(u, _pooled(self.leaf, mean_square)), state
 
-        plain = self._batches() is None and blocks.cut(self.shape) is None
-        f = functools.partial(run, True) if plain else blocks.derivable(run)
-        moved, state = f(self.stacked(), self.step, common, self._padded(own))
+        moved, state = blocks.derivable(run)(self.stacked(), self.step, common, self._padded(own))
         results = blocks.unstack((moved.update, state), self.size, jnp.minimum(self.step.count, 0))
         self.turns.took(results[-1][0])
         return results, moved.mean_square[: self.size]
 
     def _tensor(self, given: Given, whole: bool) -> Tensor:
-        return Tensor(self.leaf, given, self.step, self.change, None if whole else blocks.cut(self.shape))
+        return Tensor(self.leaf, given, self.step, self.change, None if whole else blocks.cut(self.shape), plain=whole)
 
     def _map(self, f: Callable[[Any], Any], xs: Any) -> Any:
         """f over the leading axis of all arrays."""

@@ -271,4 +271,4 @@ def test_what_is_held_out_is_recognised_behind_an_adapter():
     assert held_out.touched(task) == ["data fashion10k"]
     with pytest.raises(ValueError, match="mine touches what is held out"):
         held_out.refuse("lopt-train", [task])
-    assert groups.make_tasks(cfg.Run("x", (cfg.Group("cnn"),)))
+    assert groups.make_tasks(cfg.Run("x", (cfg.Group("cnn"),)), (cfg.Group("cnn"),))

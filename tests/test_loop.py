@@ -131,7 +131,7 @@ def test_the_average_of_theta_is_what_is_exported():
 
 def test_stages_follow_each_other():
     stages = (program_module.Stage(0, "a", 1), program_module.Stage(5, "b", 1), program_module.Stage(9, "c", 1))
-    program = program_module.Program(None, (), None, stages, None, None, None, "")
+    program = program_module.Program(None, (), None, stages, None, None, None, "", None)
     assert [program.at(step).meta_step for step in (0, 4, 5, 8, 9, 99)] == ["a", "a", "b", "b", "c", "c"]
 
 
