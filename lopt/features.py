@@ -162,7 +162,8 @@ def factors(acc: Accumulators, mean: Array | None) -> Factored:
     """rsqrt(row / mean row) and rsqrt(col); rank < 2 (mean is None): rsqrt of the full average."""
     if acc.col is None or mean is None:
         return Factored([safe_rsqrt(row + 1e-9) for row in acc.row], None)
-    return Factored(list(safe_rsqrt(acc.row / (mean + 1e-9))), list(safe_rsqrt(acc.col)))
+    rows = [safe_rsqrt(row / (of_all + 1e-9)) for row, of_all in zip(acc.row, mean, strict=True)]
+    return Factored(rows, [safe_rsqrt(col) for col in acc.col])
 
 
 def factored_gradient(g: Array, f: Factored) -> list[Array]:

@@ -13,7 +13,8 @@ from test_rules_contract import HORIZON, LOSS, RULES, built, tree
 
 from lopt import blocks, rules, tensor
 
-SHAPES = {"m": (12, 8), "r": (66,)}  # few: compiling is what these tests do
+# Few, as compiling is what these tests do. Of the last the columns are as long as the tensor.
+SHAPES = {"m": (12, 8), "r": (66,), "thin": (66, 1)}
 ALL = ((100,), (66,), (12, 8), (7, 11), (2, 40), (3, 3, 4, 5), (2, 1, 3, 5, 3))
 WHOLE = 1 << 16
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

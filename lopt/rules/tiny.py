@@ -37,7 +37,9 @@ def inputs(
     momenta = [m / (1 - d**t) for m, d in zip(acc.m, decays.m, strict=True)]
     correction = 1 / (1 - decays.v**t)
     v = acc.v * correction + 1e-16
-    acc = acc._replace(row=acc.row[0][None] * correction, col=None if acc.col is None else acc.col * correction)
+    acc = acc._replace(
+        row=acc.row[0][None] * correction, col=None if acc.col is None else acc.col[0][None] * correction
+    )
     f = F.factors(acc, None if rows is None else rows.mean * correction)
     row = f.row[0]
     col = jnp.ones_like(row) if f.col is None else f.col[0]
