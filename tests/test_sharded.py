@@ -57,7 +57,7 @@ def test_parts_give_the_whole_result(name):
         assert "all-gather" in text
     else:
         assert not LARGE.search(text)
-        assert max(exchanged(text), default=0) < 60  # rows and columns, not tensors of 128
+        assert max(exchanged(text), default=0) < 100  # rows, columns and means, several at once; not tensors of 128
 
 
 def test_without_mesh_and_specs_parameters_are_gathered(monkeypatch):
