@@ -6,11 +6,12 @@ out is sharded as the parameters are, state included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+
+from lopt import sharded
 
 
 def mesh_of(tree: Any) -> Any | None:
@@ -23,34 +24,17 @@ def mesh_of(tree: Any) -> Any | None:
 
 
 def shardings(mesh: Any, params: Any, tree: Any) -> Any:
-    """Of a tree like `tree` whose tensors are like the parameters where their names are, replicated elsewhere.
-
-    Args:
-      mesh: of the parameters.
-      params: as they came.
-      tree: a tree like params whose leaves are trees of arrays: a trailing axis as long as the parameter's is sharded
-        as that is, any other is not.
-    """
-    p_leaves, treedef = jax.tree.flatten(params)
-
-    def like(p: Any) -> Callable[[Any], NamedSharding]:
-        shape, spec = jax.numpy.shape(p), tuple(jax.typeof(p).sharding.spec)
-
-        def of(x: Any) -> NamedSharding:
-            extra = jax.numpy.ndim(x) - len(shape)
-            if extra < 0 or not shape:
-                return NamedSharding(mesh, PartitionSpec())
-            same = (axis if n == m else None for axis, n, m in zip(spec, shape, x.shape[extra:], strict=True))
-            return NamedSharding(mesh, PartitionSpec(*(None,) * extra, *same))
-
-        return of
-
-    parts = [jax.tree.map(like(p), part) for p, part in zip(p_leaves, treedef.flatten_up_to(tree), strict=True)]
-    return treedef.unflatten(parts)
+    """Of a tree like params whose leaves are trees of arrays, by `sharded.specs_like` and the parameters' own specs."""
+    specs = [jax.typeof(p).sharding.spec for p in jax.tree.leaves(params)]
+    return _named(mesh, sharded.specs_like(specs, params, tree))
 
 
 def replicated(mesh: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec()), tree)
+    return _named(mesh, sharded.replicated(tree))
+
+
+def _named(mesh: Any, specs: Any) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def without_sharding(tree: Any) -> Any:

@@ -63,7 +63,7 @@ def specs_like(specs: list[PartitionSpec], params: Any, tree: Any) -> Any:
             extra = jax.numpy.ndim(x) - len(shape)
             if extra < 0 or not shape:
                 return PartitionSpec()
-            same = (axis if n == m and n > 1 else () for axis, n, m in zip(axes, shape, x.shape[extra:], strict=True))
+            same = (axis if n == m else () for axis, n, m in zip(axes, shape, x.shape[extra:], strict=True))
             return PartitionSpec(*[None] * extra, *(axis or None for axis in same))
 
         return of

@@ -116,6 +116,10 @@ class Tensor(NamedTuple):
             return [self.pooled(*one) for one in zip(found, axes, strict=True)]
         return self.pooled(found, axes)
 
+    def mean_square(self) -> jax.Array:
+        """() of the parameters."""
+        return self.means(lambda g, p, *_: jnp.mean(p * p))
+
     def mean_squares(self, f: Callable[..., Sequence[jax.Array]], extra: Any, axes: tuple[int, ...]) -> list[jax.Array]:
         """Of features, over `axes`, which are kept with length 1.
 

@@ -238,7 +238,8 @@ def as_optax(
         leaves, treedef = jax.tree.flatten(params)
         about = describe(params)
         states = [
-            None if a is None else stored(rule.init_leaf(a, _wide(p)), p) for a, p in zip(about, leaves, strict=True)
+            None if a is None else stored(rule.init_leaf(a, precision.wide(jnp.atleast_1d(p))), p)
+            for a, p in zip(about, leaves, strict=True)
         ]
         live = [a for a in about if a is not None]
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
@@ -451,12 +452,6 @@ def _rms_by_group(together: list[Group], mean_squares: list[jax.Array]) -> dict[
         total[0] = total[0] + jnp.sum(squares) * size
         total[1] += size * group.size
     return {group: jnp.sqrt(total / size) for group, (total, size) in sums.items()}
-
-
-def _wide(x: Any) -> jax.Array:
-    """At least float32, at least rank 1."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape or (1,))
 
 
 def _finite(together: list[Group], nonfinite: Nonfinite) -> list[jax.Array] | None:

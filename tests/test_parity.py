@@ -130,7 +130,7 @@ MUTANTS = {  # what is wrong -> (case, object, attribute, right value -> wrong v
     "released loss horizon": (VELO, parity, "CASES", settings(VELO, compat="pylo+bugged_loss_features")),
     "LSTM without memory": (VELO, parity, "CASES", settings(VELO, compat="pylo+bugged_next_lstm_state")),
     "losses not capped": (VELO, velo, "update_loss_features", uncapped),
-    "scale of the features": (VELO, velo, "tensor_features", lambda f: lambda tensor: 1.1 * f(tensor)),
+    "this step's statistics": (VELO, velo, "tensor_features", lambda f: lambda tensor, square: f(tensor, 4 * square)),
     "no learned initial state": (
         VELO2,
         velo,

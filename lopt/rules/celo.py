@@ -81,7 +81,7 @@ def celo(
         def update(tensor, common, size):
             layers = [F.Layer(layer.w[0], layer.b[0]) for layer in common[0]]
             axes = F.factored_axes(tensor.leaf.shape)
-            return V.per_parameter(tensor, layers, V.mean_square_of(tensor), size, axes, decays, exp_mult)
+            return V.per_parameter(tensor, layers, tensor.mean_square(), size, axes, decays, exp_mult)
 
         return Arithmetic(init_leaf, update, theta.bank, prepare, init_shared)
 

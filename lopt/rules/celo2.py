@@ -161,7 +161,7 @@ def celo2(
 
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-9, last_two)
-            size = jnp.sqrt(tensor.means(lambda g, p, *_: jnp.mean(p * p)) + 1e-9) if param_scale else 1.0
+            size = jnp.sqrt(tensor.mean_square() + 1e-9) if param_scale else 1.0
             return F.move(tensor, direction, rows, then=normalised)
 
         def decay(leaf: Leaf, weight_decay):

@@ -8,7 +8,6 @@ Differs from the paper: `weight_decay` is decoupled and multiplied by `lr`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.tensor import Tensor
-from lopt.transform import Arithmetic, define
+from lopt.transform import Arithmetic, define, sum_of_squares
 
 FEATURES = 28  # per element; 11 time features are added
 
@@ -63,8 +62,7 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None)
 
 def clip_norm_of(tensor: Tensor, max_norm: float) -> Tensor:
     """The gradient scaled to at most this L2 norm, as PyTorch clips one tensor alone."""
-    square = tensor.means(lambda g, *_: jnp.mean(g * g)) * math.prod(tensor.leaf.shape)
-    scale = jnp.minimum(1.0, max_norm / (F.safe_sqrt(square) + 1e-6))
+    scale = jnp.minimum(1.0, max_norm / (F.safe_sqrt(sum_of_squares(tensor)) + 1e-6))
     return tensor.changed(lambda g: g * scale)
 
 

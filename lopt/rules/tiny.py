@@ -114,7 +114,7 @@ def tiny(
 
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
-            rms = F.safe_sqrt(tensor.means(lambda g, p, *_: jnp.mean(p * p)))
+            rms = F.safe_sqrt(tensor.mean_square())
             size = step_mult * jnp.exp(theta.log_step) * jnp.maximum(rms, min_rms)
             return F.move(tensor, direction, rows, then=sized)
 

@@ -91,9 +91,14 @@ def time_left(told: Told) -> jax.Array:
     return jnp.tanh(10 * (fraction - jnp.asarray(FRACTIONS, jnp.float32)))
 
 
-def tensor_features(tensor: Tensor) -> jax.Array:
-    """[12] mean_rms, rank one-hot 5, var_m 3, var_rms 3: the previous step's accumulators over the tensor's scale."""
-    scale = F.safe_rsqrt(mean_square_of(tensor))
+def tensor_features(tensor: Tensor, mean_square: jax.Array) -> jax.Array:
+    """[12] mean_rms, rank one-hot 5, var_m 3, var_rms 3: the previous step's accumulators over the tensor's scale.
+
+    Args:
+      tensor: whose state holds them.
+      mean_square: () of its parameters.
+    """
+    scale = F.safe_rsqrt(mean_square)
 
     def moments(g, p, acc, _):
         return [jnp.mean(m * scale) for m in acc.m], jnp.mean(acc.v * scale)
@@ -180,9 +185,10 @@ def per_parameter(
     return F.move(tensor, direction, rows)
 
 
-def mean_square_of(tensor: Tensor) -> jax.Array:
-    """() of the parameters."""
-    return tensor.means(lambda g, p, *_: jnp.mean(p * p))
+def described(tensor: Tensor) -> tuple[jax.Array, jax.Array]:
+    """[12] features and () the mean square of the parameters, which they are scaled by."""
+    mean_square = tensor.mean_square()
+    return tensor_features(tensor, mean_square), mean_square
 
 
 def axes_of(leaf: Leaf, compat: str) -> tuple[int, int] | None:
@@ -245,8 +251,8 @@ def velo(
         def prepare(groups, shared, told):
             horizon = 10 if "bugged_loss_features" in quirks else told.num_steps
             loss, loss_features = update_loss_features(shared.loss, told.value, horizon)
-            mean_squares = [group.each(mean_square_of) for group in groups]
-            x = jnp.concatenate([group.each(tensor_features) for group in groups])
+            features, mean_squares = zip(*(group.each(described) for group in groups), strict=True)
+            x = jnp.concatenate(features)
             x = x[np.argsort([i for group in groups for i in group.indices])]
             common = jnp.concatenate([time_left(told), loss_features])
             x = jnp.concatenate([jnp.broadcast_to(common, (len(x), len(common))), x], axis=1)
