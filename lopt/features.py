@@ -194,7 +194,7 @@ def rms_scales(
     rows: Rows | None,
     eps: float,
     axes: tuple[int, ...] | None = None,
-) -> list[Array]:
+) -> Float[Array, "F *kept"]:
     """1/sqrt(mean x² + eps) of each feature over `axes` (None: the whole tensor), kept as length-1 axes.
 
     Args:
@@ -205,11 +205,7 @@ def rms_scales(
       axes: reduced ones.
     """
     axes = tuple(range(len(tensor.leaf.shape))) if axes is None else axes
-    means = tensor.mean_squares(f, rows, axes)
-    if any(x.size > 1 for x in means):
-        return [jax.lax.rsqrt(x + eps) for x in means]
-    together = jax.lax.rsqrt(jnp.concatenate([x.reshape(1) for x in means]) + eps)  # one kernel, not thirty
-    return [x.reshape(mean.shape) for x, mean in zip(together, means, strict=True)]
+    return jax.lax.rsqrt(tensor.mean_squares(f, rows, axes) + eps)
 
 
 class Layer(NamedTuple):
@@ -250,7 +246,7 @@ SCALAR_WIDTH = 8  # hidden widths up to here are computed as scalars × tensors,
 def mlp(
     layers: Sequence[Layer],
     features: Sequence[Array],
-    scales: Sequence[Array] | None,
+    scales: Float[Array, "F *kept"] | None,
     shape: tuple[int, ...],
     constant: Array | None,
 ) -> list[Array]:
@@ -271,9 +267,9 @@ def mlp(
     n = len(features)
     bias = first.b if constant is None else first.b + constant @ first.w[n:]
     w = first.w[:n]
-    if scales is not None and all(s.size == 1 for s in scales):
+    if scales is not None and scales.size == n:
         # Into the weights, in one array: a loop that reads a hundred scalars from as many places is not vectorised.
-        w = w * jnp.stack([s.reshape(()) for s in scales])[:, None]
+        w = w * scales.reshape(n, 1)
     elif scales is not None:
         features = [x * s for x, s in zip(features, scales, strict=True)]
     if bias.shape[0] <= SCALAR_WIDTH:

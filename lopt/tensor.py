@@ -120,8 +120,8 @@ class Tensor(NamedTuple):
         """() of the parameters."""
         return self.means(lambda g, p, *_: jnp.mean(p * p))
 
-    def mean_squares(self, f: Callable[..., Sequence[jax.Array]], extra: Any, axes: tuple[int, ...]) -> list[jax.Array]:
-        """Of features, over `axes`, which are kept with length 1.
+    def mean_squares(self, f: Callable[..., Sequence[jax.Array]], extra: Any, axes: tuple[int, ...]) -> jax.Array:
+        """[F, …] of F features, over `axes`, which are kept with length 1.
 
         A factored feature is averaged over its own few elements: broadcasting does not change a mean.
 
@@ -138,15 +138,20 @@ class Tensor(NamedTuple):
             return self.pooled(jnp.mean(x * x, axis=axes, keepdims=True), axes)
 
         if self.plain:
-            return [mean(x) for x in whole()]
+            return jnp.stack([mean(x) for x in whole()])
         large = [i for i, x in enumerate(jax.eval_shape(whole)) if x.shape == self.shape]
 
         def block(*xs: Any) -> jax.Array:
             features = f(*xs)
             return blocks.mean_squares([features[i] for i in large], axes)
 
-        found = dict(zip(large, self.means(block, extra, axes), strict=True))
-        return [found[i] if i in found else mean(x) for i, x in enumerate(whole())]
+        found = self.means(block, extra, axes)
+        small = {i: mean(x) for i, x in enumerate(whole()) if i not in large}
+        if not small:
+            return found
+        # Put in order by one kernel: thirty slices of an array of thirty numbers would be thirty kernels.
+        order = np.argsort([*large, *small], kind="stable")
+        return jnp.concatenate([found, jnp.stack([*small.values()])])[order]
 
     def move(self, f: Callable[..., Any], buffers: Any, extra: Any = (), then: Any = None) -> tuple[Moved, Any]:
         """The update, and the state that is as large as the tensor.
