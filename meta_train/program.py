@@ -18,9 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import tasks
 from lopt import rules
 from lopt.base import LearnedOptimizer, unknown
+from lopt.console import compiler_options
 from lopt.pretrained import named_leaves, read
 from meta_train import config as cfg
-from meta_train import distributed, meta_optimizer, placement, validation
+from meta_train import distributed, draws, meta_optimizer, placement, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
 from meta_train.groups import feed, make_tasks
@@ -160,7 +161,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     tx = meta_optimizer.make(run.meta_optimizer, run.meta_steps, template, run.freeze)
     decay = run.meta_optimizer.ema
     weights = _shares(run.groups)
-    seed = partial(jax.random.fold_in, jax.random.key(run.seed))
+    seed = partial(jax.random.fold_in, draws.key(run.seed))
 
     def estimator(stage: cfg.Stage, group: int, data: Any) -> Estimator:
         inner = _inner(
@@ -272,7 +273,12 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
 
     def compiled(stage: cfg.Stage) -> Stage:
         # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
-        step = jax.jit(partial(meta_step, stage), donate_argnums=1, out_shardings=(shardings, replicated))
+        step = jax.jit(
+            partial(meta_step, stage),
+            donate_argnums=1,
+            out_shardings=(shardings, replicated),
+            compiler_options=compiler_options(),
+        )
         jax.eval_shape(step, data, pieces.shapes)  # errors of settings surface before anything is written
         return Stage(stage.start, step, pieces.most(stage))
 
@@ -311,7 +317,9 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
             out_specs=(SPREAD, SPREAD),
             check_vma=False,
         )
-        here = jax.jit(here, donate_argnums=3, out_shardings=NamedSharding(own, SPREAD))
+        here = jax.jit(
+            here, donate_argnums=3, out_shardings=NamedSharding(own, SPREAD), compiler_options=compiler_options()
+        )
         held = jax.eval_shape(placed.cut, pieces.shapes.estimators)
         jax.eval_shape(here, data, pieces.shapes.step, pieces.shapes.theta, held)  # errors of settings surface here
 

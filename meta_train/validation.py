@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lopt.console import compiler_options
 from meta_train.estimators import unroll
 from meta_train.inner import Inner
 
@@ -70,7 +71,7 @@ def make(
         loss, diverged = (jnp.stack(x) for x in zip(*sums, strict=True))
         return jax.lax.psum((loss, diverged), axis)
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=compiler_options())
     def judge(data, theta, best: Best, step):
         everywhere = PartitionSpec()
         spread = jax.shard_map(

@@ -160,24 +160,30 @@ def window(
     """
     step = step_copies(inner)
 
+    def begun(particles, current, ended):
+        return _select(ended, (fresh, renewed), (particles, current))
+
     def body(carry, k):
-        particles, current, before, after, was_reset, diverged = carry
+        particles, current, ended, before, after, was_reset, diverged = carry
+        # Reset by the step after the one that ended, whose reads of the state XLA fuses the selection into. A `cond`
+        # where it ended would copy the whole state at every step.
+        particles, current = begun(particles, current, ended)
         now = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
         particles, loss, done, bad = step(thetas if renewed is None else current, particles, now)
         gained = score(loss)
         before = before + jnp.where(was_reset, 0.0, gained)
         after = after + jnp.where(was_reset, gained, 0.0)
         ended = done | bad.any(axis=1)
-        old, new = (particles, current), (fresh, renewed)
-        particles, current = jax.lax.cond(ended.any(), lambda: _select(ended, new, old), lambda: old)
-        carry = particles, current, before, after, was_reset | ended, diverged + bad.sum(dtype=jnp.int32)
+        carry = particles, current, ended, before, after, was_reset | ended, diverged + bad.sum(dtype=jnp.int32)
         return carry, (loss.mean(), ended)
 
-    zero = jnp.zeros(len(keys))
-    start = (particles, None if renewed is None else thetas, zero, zero, zero > 0, jnp.zeros((), jnp.int32))
+    zero, never = jnp.zeros(len(keys)), jnp.zeros(len(keys), bool)
+    renewing = None if renewed is None else thetas
+    start = (particles, renewing, never, zero, zero, never, jnp.zeros((), jnp.int32))
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     last, (losses, ends) = jax.lax.scan(body, start, jnp.arange(steps))
-    particles, _, before, after, was_reset, diverged = last
+    particles, current, ended, before, after, was_reset, diverged = last
+    particles, _ = begun(particles, current, ended)
     resets = ends.sum(dtype=jnp.int32)
     updates = jnp.full((), steps * len(keys) * _copies(thetas), jnp.int32)
     return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, resets, updates)
