@@ -152,7 +152,10 @@ def reduce_batch(task: Task, *, rows: int = 8) -> Task:
 
 
 def noise_labels(task: Task, *, share: float = 0.1) -> Task:
-    """A `share` of the training labels `y` is drawn uniformly from the classes, anew in each batch.
+    """A `share` of the training examples have `y` drawn uniformly from the classes, the same whenever one is met.
+
+    Which ones, and what they have, follows from what phi drew and from the example itself. The training loss of an
+    evaluation is that on these labels too; validation and test are left alone.
 
     Raises ValueError where data and batches have no integer field `y`.
     """
@@ -162,15 +165,41 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
         raise ValueError(f"tasks.augment.noise_labels: task, got {task.name}; valid: tasks with classes y.")
     classes = int(jnp.max(task.data.y)) + 1
 
-    def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Any:
-        rows_key, which_key, label_key = jax.random.split(key, 3)
-        if split != "train":
-            return task.batch(key, phi, data, split)
-        clean = task.batch(rows_key, phi, data, split)
-        drawn = jax.random.randint(label_key, clean.y.shape, 0, classes, clean.y.dtype)
-        return clean._replace(y=jnp.where(jax.random.bernoulli(which_key, share, clean.y.shape), drawn, clean.y))
+    def relabel(phi: Any, batch: Any) -> Any:
+        def one(mark: Int[Array, ""], y: Array) -> Array:
+            which_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(phi.drawn), mark))
+            drawn = jax.random.randint(label_key, y.shape, 0, classes, y.dtype)
+            return jnp.where(jax.random.bernoulli(which_key, share, y.shape), drawn, y)
 
-    return task._replace(batch=batch, name=f"{task.name} | label noise {share:g}")
+        return batch._replace(y=jax.vmap(one)(_marks(batch._replace(y=())), batch.y))
+
+    drawing = _drawing(task, lambda key, phi: jax.random.bits(key, (), jnp.uint32))
+    evaluated = drawing.eval_batches
+
+    def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Any:
+        clean = drawing.batch(key, phi, data, split)
+        return relabel(phi, clean) if split == "train" else clean
+
+    def eval_batches(phi: Any, data: Any, split: Split) -> Any:
+        clean = evaluated(phi, data, split)
+        return jax.vmap(lambda batch: relabel(phi, batch))(clean) if split == "train" else clean
+
+    name = f"{task.name} | label noise {share:g}"
+    return drawing._replace(batch=batch, eval_batches=evaluated and eval_batches, name=name)
+
+
+def _marks(rows: Any) -> Int[Array, " B"]:
+    """A number for each row of arrays [B, …] that follows from its content: equal rows have equal ones."""
+    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(rows)]
+    words = [
+        jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x.astype(jnp.uint32)
+        for x in flat
+    ]
+    every = jnp.concatenate(words, axis=1)
+    odd = 2 * jax.random.bits(jax.random.key(0), (every.shape[1],), jnp.uint32) + 1
+    return jnp.sum((every ^ every >> 15) * odd[None], axis=1, dtype=jnp.uint32)
 
 
 def lower_precision(task: Task, *, dtype: str = "bfloat16") -> Task:

@@ -144,18 +144,26 @@ def test_reduced_batches_are_the_first_rows():
         wrap(tasks.make("graph_network"), [("reduce_batch", {})])
 
 
-def test_label_noise_is_in_training_alone():
+def test_label_noise_is_in_training_alone_and_stays_with_its_examples():
     wrapped = wrap(base(), [("noise_labels", {"share": 0.4})])
     phi, *_ = start(wrapped)
-    keys = jax.random.split(KEYS[3], 300)
-    draw = lambda split: jax.vmap(lambda key: wrapped.batch(key, phi, base().data, split))(keys)  # noqa: E731
-    clean = jax.vmap(lambda key: base().batch(jax.random.split(key, 3)[0], phi, base().data, "train"))(keys)
-    noisy = draw("train")
+    keys, held = jax.random.split(KEYS[3], 60), base().data
+    draw = lambda task, phi, split: jax.vmap(lambda key: task.batch(key, phi, held, split))(keys)  # noqa: E731
+    noisy, clean = draw(wrapped, phi, "train"), draw(base(), phi.task, "train")
     assert equal(noisy.x, clean.x)
-    assert jnp.mean(noisy.y != clean.y) == pytest.approx(0.4 / 2, abs=0.02)  # half of what is drawn is right by chance
     assert set(np.ravel(noisy.y).tolist()) == {0, 1}
-    plain = jax.vmap(lambda key: base().batch(key, phi, base().data, "test"))(keys)
-    assert equal(draw("test"), plain)
+    met: dict[bytes, set[int]] = {}
+    for x, y in zip(np.asarray(noisy.x).reshape(-1, noisy.x.shape[-1]), np.ravel(noisy.y), strict=True):
+        met.setdefault(x.tobytes(), set()).add(int(y))
+    assert len(met) < noisy.y.size / 3  # each was met several times
+    assert all(len(labels) == 1 for labels in met.values())
+    other = draw(wrapped, phi._replace(drawn=phi.drawn + 1), "train")
+    assert jnp.mean(other.y != noisy.y) > 0.1
+    rows, was = wrapped.eval_batches(phi, held, "train"), base().eval_batches(phi.task, held, "train")
+    assert jnp.mean(rows.y != was.y) == pytest.approx(0.4 / 2, abs=0.07)  # half of what is drawn is right by chance
+    for split in ("validation", "test"):
+        assert equal(draw(wrapped, phi, split), draw(base(), phi.task, split))
+        assert equal(wrapped.eval_batches(phi, held, split), base().eval_batches(phi.task, held, split))
     for family in ("quadratic", "tabular_regression", "pinn"):
         with pytest.raises(ValueError, match="valid: tasks with classes y"):
             wrap(tasks.make(family), [("noise_labels", {})])
