@@ -215,21 +215,37 @@ def means(f: Callable[[Any], Any], xs: Any, cut: Cut | None) -> Any:
     return over(lambda _, xs: ((), f(xs)), (), xs, cut)[1]
 
 
+SLABS = 4  # added elementwise by a kernel
+SUMS = 8  # in one kernel; measured: of twice as many features or slabs XLA does not unroll the sum, nor vectorise it
+
+
 def mean_squares(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
-    """[F, …] of F arrays of one shape, over `axes`, which are kept with length 1; one kernel for all."""
-    shape = xs[0].shape
+    """[F, …] of F arrays of one shape, over `axes`, which are kept with length 1 and are the last ones.
+
+    A sum of floats is a chain of scalar additions, since XLA keeps their order, and the features that are summed are
+    then computed one element at a time too. Sums of a few slabs, element by element, are vectorised, and what is left
+    to be summed is cheap to read.
+    """
+    shape, first = xs[0].shape, min(axes)
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
-    size = math.prod(shape) // math.prod(kept)
-    squares = [x * x for x in xs]
-    if len(axes) == len(shape) and math.prod(shape[:-1]) % 2 == 0:
-        # Two sums of each, for two threads.
-        squares, axes = [x.reshape(2, -1, shape[-1]) for x in squares], (1, 2)
+    lead, rows, last = shape[:first], math.prod(shape[first:-1]), shape[-1]
+    if rows == 1:
+        rows, last = (SLABS**2, last // SLABS**2) if last % SLABS**2 == 0 else (last, 1)
+    sums, at_once = [(x * x).reshape(*lead, rows, last) for x in xs], SUMS
+    for _ in range(2):
+        if rows % SLABS == 0:
+            rows //= SLABS
+            slabs = [x.reshape(*lead, SLABS, rows, last) for x in sums]
+            parts = [slabs[i : i + at_once] for i in range(0, len(slabs), at_once)]
+            sums, at_once = [x for part in parts for x in _sums(part, (first,))], len(xs)
+    sums = jnp.stack(_sums(sums, (first, first + 1)))
+    return (sums * (math.prod(kept) / math.prod(shape))).reshape(len(xs), *kept)
+
+
+def _sums(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Of several arrays, in one kernel."""
     zeros = [jnp.zeros((), x.dtype) for x in xs]
-    sums = jax.lax.reduce(squares, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes)
-    stacked = jnp.stack(sums)
-    if stacked.shape[1:] == (2,):
-        stacked = jnp.sum(stacked, axis=1)
-    return (stacked / size).reshape(len(xs), *kept)
+    return jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes)
 
 
 def unstack(tree: Any, n: int, zero: jax.Array) -> list[Any]:

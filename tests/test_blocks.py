@@ -142,3 +142,13 @@ def test_blocks_under_transformations(monkeypatch):
         return jit(lambda ts: jax.vmap(loss)(ts))(thetas), jit(lambda t: jax.grad(loss)(t))(theta)
 
     close(results(16), results(WHOLE), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64,), (7,), (1, 96), (16, 5), (6, 4), (3, 5, 32, 6), (1, 1, 8)])
+def test_mean_squares(shape):
+    rng = np.random.default_rng(0)
+    xs = rng.normal(size=(11, *shape)).astype(np.float32)
+    rank = len(shape)
+    for axes in {tuple(range(rank)), tuple(range(max(rank - 2, 0), rank))}:
+        expected = np.mean(np.square(xs.astype(np.float64)), axis=tuple(a + 1 for a in axes), keepdims=True)
+        np.testing.assert_allclose(blocks.mean_squares([jnp.asarray(x) for x in xs], axes), expected, rtol=1e-6)
