@@ -55,8 +55,8 @@ def decays(rule: str, momenta: Sequence[float], second_moment: float, factored: 
 class Factored(NamedTuple):
     """Adafactor's rsqrt preconditioners of one tensor; gradient times row times col is of order 1."""
 
-    row: Sequence[Float[Array, " *row"]]  # D of them
-    col: Sequence[Float[Array, " *col"]] | None
+    row: Float[Array, "D *row"] | Sequence[Float[Array, " *row"]]
+    col: Float[Array, "D *col"] | None
 
 
 def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -162,8 +162,7 @@ def factors(acc: Accumulators, mean: Array | None) -> Factored:
     """rsqrt(row / mean row) and rsqrt(col); rank < 2 (mean is None): rsqrt of the full average."""
     if acc.col is None or mean is None:
         return Factored([safe_rsqrt(row + 1e-9) for row in acc.row], None)
-    rows = [safe_rsqrt(row / (of_all + 1e-9)) for row, of_all in zip(acc.row, mean, strict=True)]
-    return Factored(rows, [safe_rsqrt(col) for col in acc.col])
+    return Factored(safe_rsqrt(acc.row / (mean + 1e-9)), safe_rsqrt(acc.col))
 
 
 def factored_gradient(g: Array, f: Factored) -> list[Array]:
@@ -179,8 +178,9 @@ def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
     return [m * r * c for m, r, c in zip(acc.m, f.row, f.col, strict=True)]
 
 
-def rsqrt_all(xs: Sequence[Array], eps: float) -> list[Array]:
-    return [jax.lax.rsqrt(x + eps) for x in xs]
+def rsqrt_all(xs: Array | Sequence[Array], eps: float) -> list[Array]:
+    """Of D arrays, at once if they are one."""
+    return [jax.lax.rsqrt(x + eps) for x in xs] if isinstance(xs, tuple) else list(jax.lax.rsqrt(xs + eps))
 
 
 def time_features(count: Array) -> Float[Array, " 11"]:
@@ -256,7 +256,7 @@ def mlp(
       layers: the network; the first rows of its first weight matrix belong to `features`, the others to
         `constant`.
       features: F arrays, each broadcastable to `shape`.
-      scales: of each feature, or None for 1.
+      scales: of each feature, see `rms_scales`, or None for 1.
       shape: of the tensor.
       constant: [C] inputs that are the same for every element, or None.
 

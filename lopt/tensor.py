@@ -123,7 +123,8 @@ class Tensor(NamedTuple):
     def mean_squares(self, f: Callable[..., Sequence[jax.Array]], extra: Any, axes: tuple[int, ...]) -> jax.Array:
         """[F, …] of F features, over `axes`, which are kept with length 1.
 
-        A factored feature is averaged over its own few elements: broadcasting does not change a mean.
+        A factored feature is averaged over its own few elements: broadcasting does not change a mean. Features of one
+        shape are averaged together, since every kernel has to be compiled.
 
         Args:
           f: `(g, p, state, extra) -> features`, of blocks.
@@ -134,24 +135,27 @@ class Tensor(NamedTuple):
         def whole() -> list[jax.Array]:
             return list(f(*self._wide(self.given.g, self.given.p, self.state), extra))
 
-        def mean(x: jax.Array) -> jax.Array:
-            return self.pooled(jnp.mean(x * x, axis=axes, keepdims=True), axes)
-
-        if self.plain:
-            return jnp.stack([mean(x) for x in whole()])
-        large = [i for i, x in enumerate(jax.eval_shape(whole)) if x.shape == self.shape]
+        indices: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, x in enumerate(jax.eval_shape(whole)):
+            indices[x.shape].append(i)
+        kept = tuple(1 if i in axes else n for i, n in enumerate(self.shape))
 
         def block(*xs: Any) -> jax.Array:
             features = f(*xs)
-            return blocks.mean_squares([features[i] for i in large], axes)
+            return blocks.mean_squares([features[i] for i in indices[self.shape]], axes)
 
-        found = self.means(block, extra, axes)
-        small = {i: mean(x) for i, x in enumerate(whole()) if i not in large}
-        if not small:
-            return found
+        def found(shape: tuple[int, ...], of: list[int]) -> jax.Array:
+            if shape == self.shape and not self.plain:
+                return self.means(block, extra, axes)
+            xs = whole()
+            x = jnp.stack([xs[i] for i in of])
+            mean = self.pooled(jnp.mean(x * x, axis=tuple(a + 1 for a in axes), keepdims=True), axes)
+            return jnp.broadcast_to(mean, (len(of), *kept))
+
+        parts = [found(*one) for one in indices.items()]
         # Put in order by one kernel: thirty slices of an array of thirty numbers would be thirty kernels.
-        order = np.argsort([*large, *small], kind="stable")
-        return jnp.concatenate([found, jnp.stack([*small.values()])])[order]
+        order = np.argsort([i for of in indices.values() for i in of])
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)[order]
 
     def move(self, f: Callable[..., Any], buffers: Any, extra: Any = (), then: Any = None) -> tuple[Moved, Any]:
         """The update, and the state that is as large as the tensor.

@@ -152,3 +152,12 @@ def test_mean_squares(shape):
     for axes in {tuple(range(rank)), tuple(range(max(rank - 2, 0), rank))}:
         expected = np.mean(np.square(xs.astype(np.float64)), axis=tuple(a + 1 for a in axes), keepdims=True)
         np.testing.assert_allclose(blocks.mean_squares([jnp.asarray(x) for x in xs], axes), expected, rtol=1e-6)
+
+
+def test_factored_axes_that_are_not_averaged_over():
+    """Of a convolution with a wide kernel rows and columns have other lengths than the axes Celo2 keeps."""
+    rule = rules.make("celo2", newton_schulz=False, hidden=2)
+    tx, p, g = rule.bind(rule.init_theta(jax.random.key(0))), *(tree(i, {"c": (5, 4, 3, 2)}) for i in (1, 2))
+    update = jit(lambda g: tx.update(g, tx.init(p), p)[0])
+    whole = jit(lambda g: jax.jvp(update, (g,), (g,))[0])  # derivatives see whole tensors
+    close(update(g), whole(g))

@@ -39,8 +39,7 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None,
     f = F.factors(acc, None if rows is None else rows.mean)
     xs = [g, jnp.clip(g, -0.1, 0.1), p, *acc.m, acc.v, *(m * inv for m in acc.m), inv]
     xs += [*F.factored_gradient(g, f), g * inv]
-    row = list(acc.row)
-    col = row if acc.col is None else list(acc.col)
+    row, col = acc.row, acc.row if acc.col is None else acc.col
     return [*xs, *row, *col, *F.rsqrt_all(row, 1e-8), *F.rsqrt_all(col, 1e-8), *F.factored_momenta(acc, f, eps=0.0)]
 
 

@@ -48,8 +48,7 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None)
     """The 28 inputs in their published order, before normalisation."""
     inv = jax.lax.rsqrt(acc.v + 1e-6)
     f = F.factors(acc, None if rows is None else rows.mean)
-    row = list(acc.row)
-    col = row if acc.col is None else list(acc.col)
+    row, col = acc.row, acc.row if acc.col is None else acc.col
     return [
         *(g, p, *acc.m, acc.v),
         *(m * inv for m in acc.m),
