@@ -56,7 +56,7 @@ class Factored(NamedTuple):
     """Adafactor's rsqrt preconditioners of one tensor; gradient times row times col is of order 1."""
 
     row: Float[Array, "D *row"] | Sequence[Float[Array, " *row"]]
-    col: Float[Array, "D *col"] | None
+    col: Float[Array, "D *col"] | Sequence[Float[Array, " *col"]] | None
 
 
 def factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -162,7 +162,12 @@ def factors(acc: Accumulators, mean: Array | None) -> Factored:
     """rsqrt(row / mean row) and rsqrt(col); rank < 2 (mean is None): rsqrt of the full average."""
     if acc.col is None or mean is None:
         return Factored([safe_rsqrt(row + 1e-9) for row in acc.row], None)
-    return Factored(safe_rsqrt(acc.row / (mean + 1e-9)), safe_rsqrt(acc.col))
+    row, col = acc.row, acc.col  # tuples where they are as long as a tensor in blocks, else one kernel for all
+    if isinstance(row, tuple):
+        row = [safe_rsqrt(x / (of_all + 1e-9)) for x, of_all in zip(row, mean, strict=True)]
+    else:
+        row = safe_rsqrt(row / (mean + 1e-9))
+    return Factored(row, [safe_rsqrt(x) for x in col] if isinstance(col, tuple) else safe_rsqrt(col))
 
 
 def factored_gradient(g: Array, f: Factored) -> list[Array]:
@@ -178,7 +183,7 @@ def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
     return [m * r * c for m, r, c in zip(acc.m, f.row, f.col, strict=True)]
 
 
-def rsqrt_all(xs: Array | Sequence[Array], eps: float) -> list[Array]:
+def rsqrt_all(xs: Array | tuple[Array, ...], eps: float) -> list[Array]:
     """Of D arrays, at once if they are one."""
     return [jax.lax.rsqrt(x + eps) for x in xs] if isinstance(xs, tuple) else list(jax.lax.rsqrt(xs + eps))
 
