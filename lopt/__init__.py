@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lopt import baselines as baselines
     from lopt import convert as convert
     from lopt import mup as mup
     from lopt import rules as rules
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LearnedOptimizer": "lopt.base",
     "available": "lopt.pretrained",
+    "baselines": "lopt.baselines",
     "convert": "lopt.convert",
     "load": "lopt.pretrained",
     "mup": "lopt.mup",

@@ -1,0 +1,31 @@
+"""Hand-designed optimizers to compare with: `get("adamw").make(lr=1e-3)`. One paper, one file; optax's in a table."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lopt.baselines.base import Baseline
+
+_OPTAX = (
+    "adabelief adadelta adafactor adagrad adam adamax adamw adan ademamix adopt amsgrad cocob dadapt_adamw dog"
+    " dowg lamb lars lbfgs lion lookahead madgrad mechanic momentum momo momo_adam muon nadamw nesterov novograd"
+    " prodigy radam rmsprop sam schedule_free_adamw schedule_free_sgd sgd signum sophia yogi"
+)
+# Name -> module, imported on demand, so that a command's --help needs no JAX. Its BASELINES has the entry.
+REGISTRY: dict[str, str] = dict.fromkeys(_OPTAX.split(), "lopt.baselines.of_optax")
+
+
+def names() -> list[str]:
+    """All baselines, sorted."""
+    return sorted(REGISTRY)
+
+
+def get(name: str) -> Baseline:
+    """The baseline of a name. Raises ValueError naming the nearest valid one."""
+    if name not in REGISTRY:
+        from lopt.base import unknown
+
+        raise unknown("lopt.baselines.get", "baseline", name, REGISTRY)
+    return next(b for b in importlib.import_module(REGISTRY[name]).BASELINES if b.name == name)
