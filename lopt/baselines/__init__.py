@@ -14,7 +14,26 @@ _OPTAX = (
     " prodigy radam rmsprop sam schedule_free_adamw schedule_free_sgd sgd signum sophia yogi"
 )
 # Name -> module, imported on demand, so that a command's --help needs no JAX. Its BASELINES has the entry.
-REGISTRY: dict[str, str] = dict.fromkeys(_OPTAX.split(), "lopt.baselines.of_optax")
+REGISTRY: dict[str, str] = dict.fromkeys(_OPTAX.split(), "lopt.baselines.of_optax") | {
+    "adabound": "lopt.baselines.adabound",
+    "adahessian": "lopt.baselines.adahessian",
+    "adam_atan2": "lopt.baselines.adam_atan2",
+    "adamp": "lopt.baselines.adamp",
+    "adamuon": "lopt.baselines.adamuon",
+    "came": "lopt.baselines.came",
+    "cautious_adamw": "lopt.baselines.cautious",
+    "cautious_lion": "lopt.baselines.cautious",
+    "diffgrad": "lopt.baselines.diffgrad",
+    "exadam": "lopt.baselines.exadam",
+    "gravity": "lopt.baselines.gravity",
+    "hand_celo2": "lopt.baselines.hand_celo2",
+    "innaprop": "lopt.baselines.innaprop",
+    "laprop": "lopt.baselines.laprop",
+    "mars": "lopt.baselines.mars",
+    "shampoo": "lopt.baselines.shampoo",
+    "soap": "lopt.baselines.soap",
+    "swats": "lopt.baselines.swats",
+}
 
 
 def names() -> list[str]:

@@ -101,6 +101,7 @@ def define(
     space: Mapping[str, Space],
     *,
     horizon: bool = False,
+    peak: bool = False,
     needs: frozenset[str] = frozenset(),
     **fields: Any,
 ) -> Baseline:
@@ -111,6 +112,7 @@ def define(
       factory: `(learning_rate, **hyper) -> optax transform`.
       space: see `Baseline`.
       horizon: the factory takes `num_steps=`.
+      peak: the factory takes `peak_lr=`, the learning rate without its schedule.
       needs: see `Baseline`.
       fields: the others of `Baseline`.
     """
@@ -120,10 +122,12 @@ def define(
             if key not in space:
                 raise unknown(f"lopt.baselines: {name}", "hyper-parameter", key, space)
         values = {key: s.default for key, s in space.items()} | hyper
-        learning_rate = scheduled(values.pop("lr", 1.0), schedule)
+        lr = values.pop("lr", 1.0)
+        if peak:
+            values["peak_lr"] = lr
         if horizon:
             values["num_steps"] = num_steps
-        return demanding(name, needs, in_float32(factory(learning_rate, **values)))
+        return demanding(name, needs, in_float32(factory(scheduled(lr, schedule), **values)))
 
     return Baseline(name, make, MappingProxyType(dict(space)), needs, **fields)
 
@@ -218,8 +222,8 @@ def per_tensor(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]
 
     Args:
       init: `p -> state` of a tensor; a tree of arrays.
-      update: `(g, state, p, t) -> (u, state)`, t () int32 from 1, as papers count. u is added to p, unless what
-        follows in a chain changes it.
+      update: `(g, state, p, t) -> (direction, state)`, t () int32 from 1, as papers count. Never called on a tensor
+        without elements.
     """
 
     def init_all(params: Any) -> PerTensor:
@@ -231,11 +235,34 @@ def per_tensor(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]
         count = optax.safe_increment(state.count)
         g, tree = jax.tree.flatten(grads)
         leaves = zip(g, tree.flatten_up_to(state.leaves), tree.flatten_up_to(params), strict=True)
-        moved = [update(*leaf, count) for leaf in leaves]
+        moved = [update(*leaf, count) if leaf[0].size else leaf[:2] for leaf in leaves]
         updates, states = ([x[i] for x in moved] for i in range(2))
         return tree.unflatten(updates), PerTensor(count, tree.unflatten(states))
 
     return optax.GradientTransformation(init_all, update_all)
+
+
+@jax.custom_batching.custom_vmap
+def _any(due: jax.Array) -> jax.Array:
+    return due
+
+
+@_any.def_vmap
+def _any_of_batch(size: int, batched: list[bool], due: jax.Array) -> tuple[jax.Array, bool]:
+    return jnp.any(due), False
+
+
+def when(due: jax.Array, refresh: Callable[[], Any], old: Any) -> Any:
+    """`refresh()` if due, else old; computed only then, under vmap too.
+
+    A `cond` on a batched number of updates becomes a select that computes both sides, so that a decomposition made
+    every k steps is made every step. Runs that are vmapped are mostly due together: ask whether any is.
+    """
+
+    def fresh() -> Any:
+        return jax.tree.map(lambda new, was: jnp.where(due, new, was), refresh(), old)
+
+    return jax.lax.cond(_any(due), fresh, lambda: old)
 
 
 def descend(
