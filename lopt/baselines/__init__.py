@@ -14,7 +14,8 @@ _OPTAX = (
     " prodigy radam rmsprop sam schedule_free_adamw schedule_free_sgd sgd signum sophia yogi"
 )
 # Name -> module, imported on demand, so that a command's --help needs no JAX. Its BASELINES has the entry.
-REGISTRY: dict[str, str] = dict.fromkeys(_OPTAX.split(), "lopt.baselines.of_optax") | {
+REGISTRY: dict[str, str] = {
+    **dict.fromkeys(_OPTAX.split(), "lopt.baselines.of_optax"),
     "adabound": "lopt.baselines.adabound",
     "adahessian": "lopt.baselines.adahessian",
     "adam_atan2": "lopt.baselines.adam_atan2",

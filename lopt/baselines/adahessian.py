@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt.base import positive
-from lopt.baselines.base import Rate, Space, decay, define, descend, rate, when
+from lopt.baselines.base import Rate, Space, decay, define, descend, rate, transform, when
 from lopt.baselines.of_optax import ADAM
 
 
@@ -62,7 +62,7 @@ def adahessian(
         return State(jnp.zeros((), jnp.int32), zeros, zeros, jnp.zeros((), jnp.int32))
 
     def update(
-        grads: Any,
+        updates: Any,
         state: State,
         params: Any = None,
         *,
@@ -73,7 +73,7 @@ def adahessian(
     ) -> tuple[Any, State]:
         if hessian_diag is None and grad_fn is None:
             raise ValueError("adahessian: update needs hessian_diag= or grad_fn=, got neither.")
-        t = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(state.count)
 
         def fresh() -> tuple[Any, Any]:
             diag = hessian_diag
@@ -84,7 +84,7 @@ def adahessian(
             return squared, state.seen + 1
 
         v, seen = when((t - 1) % every == 0, fresh, (state.v, state.seen))
-        m = jax.tree.map(lambda old, g: b1 * old + (1 - b1) * g, state.m, grads)
+        m = jax.tree.map(lambda old, g: b1 * old + (1 - b1) * g, state.m, updates)
 
         def direction(m: Any, v: Any) -> Any:
             v = v / (1 - b2**seen)
@@ -93,7 +93,7 @@ def adahessian(
 
         return jax.tree.map(direction, m, v), State(t, m, v, seen)
 
-    return descend(optax.GradientTransformationExtraArgs(init, update), learning_rate, weight_decay)
+    return descend(transform(init, update), learning_rate, weight_decay)
 
 
 def hutchinson(grad_fn: Any, params: Any, key: Any) -> Any:

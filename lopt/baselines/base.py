@@ -147,16 +147,16 @@ def demanding(
 ) -> optax.GradientTransformationExtraArgs:
     """Refuse an update that is not given what the method needs."""
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError(f"{name}: params, got None; valid: the parameters, update(grads, state, params).")
+            raise ValueError(f"{name}: params, got None; valid: the parameters, update(updates, state, params).")
         given = {key for key, x in extra.items() if x is not None}
         given |= {"hessian_diag"} & needs if "grad_fn" in given else set()
         if missing := sorted(needs - given):
             raise ValueError(f"{name}: update needs {', '.join(f'{key}=' for key in missing)}, got {sorted(given)}.")
-        return tx.update(grads, state, params, **extra)
+        return tx.update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return transform(tx.init, update)
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -169,20 +169,20 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def init(params: Any) -> Any:
         return jax.tree.map(_copy, tx.init(_wide(params)))
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
-            return tx.update(grads, state, params, **extra)
+            return tx.update(updates, state, params, **extra)
         for name in ("value_fn", "grad_fn"):
             if extra.get(name) is not None:
                 extra[name] = _widened(extra[name], params)
         if extra.get("value") is not None:
             extra["value"] = _wide(extra["value"])
-        updates, after = tx.update(_wide(grads), state, _wide(params), **extra)
+        updates, after = tx.update(_wide(updates), state, _wide(params), **extra)
         # Traced hyper-parameters are not weakly typed: float32 ones would widen nothing but the types of scalars.
         after = _like(after, state)
         return _like(updates, params), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform(init, update)
 
 
 def _wide(tree: Any) -> Any:
@@ -210,6 +210,11 @@ def _widened(function: Callable[[Any], Any], params: Any) -> Callable[[Any], Any
     return lambda wide: _wide(function(_like(wide, params)))
 
 
+def transform(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """An optax transform whose update takes extra arguments, `update(updates, state, params, **extra)`."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class PerTensor(NamedTuple):
     """State of a method that looks at one tensor at a time."""
 
@@ -217,7 +222,9 @@ class PerTensor(NamedTuple):
     leaves: Any  # like params: the method's state of each tensor
 
 
-def per_tensor(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> optax.GradientTransformation:
+def per_tensor(
+    init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
     """An optax transform from the arithmetic of a tensor.
 
     Args:
@@ -229,17 +236,17 @@ def per_tensor(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]
     def init_all(params: Any) -> PerTensor:
         return PerTensor(jnp.zeros((), jnp.int32), jax.tree.map(init, params))
 
-    def update_all(grads: Any, state: PerTensor, params: Any = None) -> tuple[Any, PerTensor]:
+    def update_all(updates: Any, state: PerTensor, params: Any = None, **extra: Any) -> tuple[Any, PerTensor]:
         if params is None:
-            raise ValueError("lopt.baselines: params, got None; valid: the parameters, update(grads, state, params).")
-        count = optax.safe_increment(state.count)
-        g, tree = jax.tree.flatten(grads)
+            raise ValueError("lopt.baselines: params, got None; valid: the parameters, update(updates, state, params).")
+        count: Any = optax.safe_increment(state.count)
+        g, tree = jax.tree.flatten(updates)
         leaves = zip(g, tree.flatten_up_to(state.leaves), tree.flatten_up_to(params), strict=True)
         moved = [update(*leaf, count) if leaf[0].size else leaf[:2] for leaf in leaves]
         updates, states = ([x[i] for x in moved] for i in range(2))
         return tree.unflatten(updates), PerTensor(count, tree.unflatten(states))
 
-    return optax.GradientTransformation(init_all, update_all)
+    return transform(init_all, update_all)
 
 
 @jax.custom_batching.custom_vmap
@@ -252,7 +259,7 @@ def _any_of_batch(size: int, batched: list[bool], due: jax.Array) -> tuple[jax.A
     return jnp.any(due), False
 
 
-def when(due: jax.Array, refresh: Callable[[], Any], old: Any) -> Any:
+def when(due: Any, refresh: Callable[[], Any], old: Any) -> Any:
     """`refresh()` if due, else old; computed only then, under vmap too.
 
     A `cond` on a batched number of updates becomes a select that computes both sides, so that a decomposition made

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt.baselines.base import Rate, average, decay, define, descend, rate
+from lopt.baselines.base import Rate, average, decay, define, descend, rate, transform
 from lopt.baselines.of_optax import ADAM
 
 
@@ -30,11 +30,11 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     inner = optax.with_extra_args_support(inner)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        directions, after = inner.update(grads, state, params, **extra)
-        return jax.tree.map(masked, directions, grads), after
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        directions, after = inner.update(updates, state, params, **extra)
+        return jax.tree.map(masked, directions, updates), after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def masked(direction: Any, g: Any) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt.baselines.base import PerTensor, Rate, Space, at, average, define, descend, per_tensor, rate
+from lopt.baselines.base import PerTensor, Rate, Space, at, average, define, descend, per_tensor, rate, transform
 
 
 def gravity(
@@ -44,9 +44,9 @@ def gravity(
         keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
         std = alpha / (at(learning_rate, 0) if peak_lr is None else peak_lr)
         drawn = [std * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
-        return inner.init(params)._replace(leaves=tree.unflatten(drawn))
+        return PerTensor(jnp.zeros((), jnp.int32), tree.unflatten(drawn))
 
-    return descend(optax.GradientTransformation(init, inner.update), learning_rate)
+    return descend(transform(init, inner.update), learning_rate)
 
 
 BASELINES = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from lopt.baselines.base import Baseline, Rate, Space, average, decay, define, rate
+from lopt.baselines.base import Baseline, Rate, Space, average, decay, define, rate, transform
 
 GRID = Space(0.0, 0.1, False, 0.0, choices=(0.0, 0.01, 0.1))  # a rule that merely regularises must not look fast
 ADAM = {"b1": average(0.9), "b2": average(0.999)}
@@ -69,24 +69,24 @@ def schedule_free_sgd(learning_rate: Rate, *, num_steps: Any, b1: Any, weight_de
 class LookaheadState(NamedTuple):
     """State of `lookahead`."""
 
-    inner: optax.LookaheadState
+    inner: Any  # of optax.lookahead
     slow: Any  # like params
 
 
 def lookahead(learning_rate: Rate, *, slow_step_size: Any, b1: Any, b2: Any) -> optax.GradientTransformation:
     """optax.lookahead around Adam, sync period 5, with the slow weights in the state and not in the parameters."""
     fast = optax.adam(learning_rate, b1=b1, b2=b2)
-    inner = optax.lookahead(fast, sync_period=5, slow_step_size=slow_step_size)
+    inner: Any = optax.lookahead(fast, sync_period=5, slow_step_size=slow_step_size)
 
     def init(params: Any) -> LookaheadState:
         return LookaheadState(inner.init(optax.LookaheadParams.init_synced(params)), params)
 
-    def update(grads: Any, state: LookaheadState, params: Any = None) -> tuple[Any, LookaheadState]:
+    def update(updates: Any, state: LookaheadState, params: Any = None, **extra: Any) -> tuple[Any, LookaheadState]:
         both = optax.LookaheadParams(fast=params, slow=state.slow)
-        updates, after = inner.update(grads, state.inner, both)
+        updates, after = inner.update(updates, state.inner, both)
         return updates.fast, LookaheadState(after, optax.apply_updates(state.slow, updates.slow))
 
-    return optax.GradientTransformation(init, update)
+    return transform(init, update)
 
 
 def sam(learning_rate: Rate, *, rho: Any, momentum: Any) -> optax.GradientTransformation:
@@ -95,10 +95,10 @@ def sam(learning_rate: Rate, *, rho: Any, momentum: Any) -> optax.GradientTransf
     ascent = optax.chain(normalized(), optax.sgd(rho))
     inner = contrib.sam(optax.sgd(learning_rate, momentum=momentum), ascent, opaque_mode=True)
 
-    def update(grads: Any, state: Any, params: Any = None, *, grad_fn: Any, **extra: Any) -> tuple[Any, Any]:
-        return inner.update(grads, state, params, grad_fn=lambda p, i: grad_fn(p))
+    def update(updates: Any, state: Any, params: Any = None, *, grad_fn: Any, **extra: Any) -> tuple[Any, Any]:
+        return inner.update(updates, state, params, grad_fn=lambda p, i: grad_fn(p))
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def normalized() -> optax.GradientTransformation:
@@ -115,29 +115,29 @@ def lbfgs(learning_rate: Rate) -> optax.GradientTransformation:
     """L-BFGS with optax's zoom line search, memory 10."""
     inner = optax.lbfgs(learning_rate)
 
-    def update(grads: Any, state: Any, params: Any = None, *, value: Any, value_fn: Any, **extra: Any):
-        return inner.update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, value_fn: Any, **extra: Any):
+        return inner.update(updates, state, params, value=value, grad=updates, value_fn=value_fn)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def sophia(learning_rate: Rate, **hyper: Any) -> optax.GradientTransformation:
     """Sophia-H, the Hessian every 10 steps."""
     inner = contrib.sophia(learning_rate, **hyper)
 
-    def update(grads: Any, state: Any, params: Any = None, *, value_fn: Any, **extra: Any) -> tuple[Any, Any]:
-        return inner.update(grads, state, params, obj_fn=value_fn)
+    def update(updates: Any, state: Any, params: Any = None, *, value_fn: Any, **extra: Any) -> tuple[Any, Any]:
+        return inner.update(updates, state, params, obj_fn=value_fn)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def momo(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformation:
     """Momo takes the loss and nothing else."""
 
-    def update(grads: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> tuple[Any, Any]:
-        return inner.update(grads, state, params, value=value)
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> tuple[Any, Any]:
+        return inner.update(updates, state, params, value=value)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def prodigy(learning_rate: Rate, *, b1: Any, b2: Any, weight_decay: Any) -> optax.GradientTransformation:

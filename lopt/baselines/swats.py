@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt.baselines.base import Rate, Space, at, define, descend, rate
+from lopt.baselines.base import Rate, Space, at, define, descend, rate, transform
 from lopt.baselines.of_optax import ADAM
 
 
@@ -47,14 +47,14 @@ def swats(
         nothing = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params), jnp.float32))
         return State(jnp.zeros((), jnp.int32), zeros, zeros, nothing, nothing)
 
-    def update(grads: Any, state: State, params: Any = None) -> tuple[Any, State]:
-        t = optax.safe_increment(state.count)
+    def update(updates: Any, state: State, params: Any = None, **extra: Any) -> tuple[Any, State]:
+        t: Any = optax.safe_increment(state.count)
         switched = state.found > 0
         new = jnp.where(switched, 1.0, 1 - b1)
-        m = jax.tree.map(lambda old, g: b1 * old + new * g, state.m, grads)
-        v = jax.tree.map(lambda old, g: b2 * old + (1 - b2) * g * g, state.v, grads)
+        m = jax.tree.map(lambda old, g: b1 * old + new * g, state.m, updates)
+        v = jax.tree.map(lambda old, g: b2 * old + (1 - b2) * g * g, state.v, updates)
         adam = jax.tree.map(lambda m, v: m / (1 - b1**t) / (jnp.sqrt(v / (1 - b2**t)) + eps), m, v)
-        along = dot(adam, grads)
+        along = dot(adam, updates)
         gamma = dot(adam, adam) / jnp.where(along != 0, along, 1.0)
         estimate = jnp.where(along != 0, b2 * state.estimate + (1 - b2) * gamma, state.estimate)
         steady = estimate / (1 - b2**t)
@@ -66,7 +66,7 @@ def swats(
         m = jax.tree.map(lambda m: jnp.where(now, 0.0, m), m)
         return direction, State(t, m, v, estimate, jnp.where(now, steady, state.found))
 
-    return descend(optax.GradientTransformation(init, update), learning_rate)
+    return descend(transform(init, update), learning_rate)
 
 
 def dot(a: Any, b: Any) -> Any:
