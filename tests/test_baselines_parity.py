@@ -143,3 +143,263 @@ def test_other_settings_miss_the_recording(name, rest):
     tensors = [key.split("/")[1] for key in RECORDED if key.startswith(f"{name}/")]
     ours = jit(lambda: trajectory(functools.partial(factory, **kept | rest), hyper, tensors))()
     assert miss(ours, {k: RECORDED[f"{name}/{k}"] for k in tensors}, tensors) > 1e-4
+
+
+# Steps computed by hand. Each function below is written from the paper, in NumPy; it gives the parameters step by step.
+
+W, G = np.asarray(RECORDED["start/w"]), np.asarray(RECORDED["grads/w"])
+
+
+def rms(x):
+    return np.sqrt(np.mean(x**2))
+
+
+def adam_moments(t, m, v, g, b1, b2):
+    """m, v, and both corrected, after gradient number t from 1."""
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    return m, v, m / (1 - b1**t), v / (1 - b2**t)
+
+
+def by_adam_atan2(p, lr, b1, b2, a, b, weight_decay):
+    m = v = 0.0
+    for t, g in enumerate(G, 1):
+        m, v, mh, vh = adam_moments(t, m, v, g, b1, b2)
+        p = p - lr * (a * np.arctan2(mh, b * np.sqrt(vh)) + weight_decay * p)
+        yield p
+
+
+def by_innaprop(p, lr, alpha, beta, b2, weight_decay):
+    """As printed: the auxiliary variable ψ and not ours."""
+    v, psi = 0.0, (1 - alpha * beta) * p
+    for t, g in enumerate(G, 1):
+        v = b2 * v + (1 - b2) * g**2
+        p = (1 - weight_decay * lr) * p
+        psi = (1 - lr / beta) * psi + lr * (1 / beta - alpha) * p
+        step = lr * beta * g / np.sqrt(v / (1 - b2**t))
+        p = (1 + lr * (1 - alpha * beta) / (beta - lr)) * p - lr / (beta - lr) * psi - step
+        yield p
+
+
+def by_hand_celo2(p, lr, b1, b2, floor, num_steps):
+    m = v = 0.0
+    for t, g in enumerate(G, 1):
+        m, v, mh, vh = adam_moments(t, m, v, g, b1, b2)
+        a = mh / np.sqrt(vh)
+        p = p - lr * 0.5 * (1 + np.cos(np.pi * min((t - 1) / num_steps, 1))) * max(rms(p), floor) * a / rms(a)
+        yield p
+
+
+def by_shampoo(p, lr, b1, b2):
+    """Blocks of at most 2, roots every 3 steps, grafted: rows in 3 blocks of 2 (the last of 1), columns in 2."""
+    m, v, left, right, root = 0.0, 0.0, {}, {}, {}
+    blocks = [(i, j) for i in (0, 2, 4) for j in (0, 2)]
+    for t, g in enumerate(G, 1):
+        d = np.zeros_like(g)
+        for i, j in blocks:
+            x = g[i : i + 2, j : j + 2]
+            left[i, j] = b2 * left.get((i, j), 0.0) + (1 - b2) * x @ x.T
+            right[i, j] = b2 * right.get((i, j), 0.0) + (1 - b2) * x.T @ x
+            if t % 3 == 1:
+                root[i, j] = [power(side[i, j], -0.25) for side in (left, right)]
+            d[i : i + 2, j : j + 2] = root[i, j][0] @ x @ root[i, j][1]
+        v = b2 * v + (1 - b2) * g**2
+        graft = g / (np.sqrt(v / (1 - b2**t)) + 1e-8)
+        m = b1 * m + (1 - b1) * d * np.linalg.norm(graft) / np.linalg.norm(d)
+        p = p - lr * m / (1 - b1**t)
+        yield p
+
+
+def power(matrix, exponent):
+    values, vectors = np.linalg.eigh(matrix)
+    values = np.maximum(values, 0) + 1e-6 * values[-1]
+    return vectors * values**exponent @ vectors.T
+
+
+def by_swats(p, lr, b1, b2, tolerance):
+    m = v = buffer = estimate = 0.0
+    found = None
+    for t, g in enumerate(G, 1):
+        if found is not None:
+            buffer = b1 * buffer + g
+            p = p - (1 - b1) * found * buffer
+            yield p
+            continue
+        m, v, mh, vh = adam_moments(t, m, v, g, b1, b2)
+        step = -lr * mh / np.sqrt(vh)
+        p = p + step
+        gamma = np.sum(step * step) / -np.sum(step * g)
+        estimate = b2 * estimate + (1 - b2) * gamma
+        if t > 1 and abs(estimate / (1 - b2**t) - gamma) < tolerance and estimate > 0:
+            found = estimate / (1 - b2**t)
+        yield p
+    assert found is not None  # or nothing was tested
+
+
+def by_schedule_free(p, lr, b1, weight_decay, num_steps):
+    """y, where gradients are taken; x averages z with weights lr²."""
+    y = x = z = p
+    weights = greatest = 0.0
+    for t, g in enumerate(G, 1):
+        rate = lr * min(t / (0.05 * num_steps), 1)
+        greatest = max(greatest, rate)
+        weights += greatest**2
+        z = z - rate * (g + weight_decay * y)
+        x = x + greatest**2 / weights * (z - x)
+        y = b1 * x + (1 - b1) * z
+        yield y
+
+
+def by_lookahead(p, lr, slow_step_size, b1, b2):
+    """The fast optimizer keeps its averages."""
+    slow, m, v = p, 0.0, 0.0
+    for t, g in enumerate(G, 1):
+        m, v, mh, vh = adam_moments(t, m, v, g, b1, b2)
+        p = p - lr * mh / (np.sqrt(vh) + 1e-8)
+        if t % 5 == 0:
+            p = slow = slow + slow_step_size * (p - slow)
+        yield p
+
+
+def by_sgd(p, lr, weight_decay):
+    for g in G:
+        p = p - lr * (g + weight_decay * p)
+        yield p
+
+
+def by_sam(p, lr, rho, momentum):
+    """On ½ |p|², at whose perturbed point the gradient is that point; the recorded gradient gives the direction."""
+    buffer = 0.0
+    for g in G:
+        buffer = momentum * buffer + p + rho * g / np.linalg.norm(g)
+        p = p - lr * buffer
+        yield p
+
+
+def by_sophia(p, lr, b1, b2, gamma, weight_decay):
+    """On ½ |p|², whose Hessian any random signs give exactly: 1. Refreshed at updates 1 and 11, after the step."""
+    m = h = 0.0
+    for t, g in enumerate(G, 1):
+        m = b1 * m + (1 - b1) * g
+        step = np.clip(m / (1 - b1**t) / np.maximum(gamma * h, 1e-8), -1, 1)
+        p = p - lr * (step + weight_decay * p)
+        h = b2 * h + (1 - b2) if t % 10 == 1 else h
+        yield p
+
+
+def by_ademamix(p, lr, b1, b2, b3, alpha, weight_decay, num_steps):
+    """With the paper's schedulers: eq. for f(β3), and α t/T."""
+    m = v = slow = 0.0
+    for t, g in enumerate(G):
+        f = min(t / num_steps, 1)
+        b3_t = min(np.exp(np.log(b1) * np.log(b3) / ((1 - f) * np.log(b3) + f * np.log(b1))), b3)
+        m, v, mh, vh = adam_moments(t + 1, m, v, g, b1, b2)
+        slow = b3_t * slow + (1 - b3_t) * g
+        p = p - lr * ((mh + alpha * f * slow) / (np.sqrt(vh) + 1e-8) + weight_decay * p)
+        yield p
+
+
+HAND = {
+    "ademamix": (
+        of("ademamix"),
+        by_ademamix,
+        ADAM | dict(b3=0.999, alpha=5.0, weight_decay=0.1, num_steps=16),
+        {},
+    ),
+    "adam_atan2": (adam_atan2, by_adam_atan2, ADAM | dict(a=1.27, b=0.8, weight_decay=0.1), {}),
+    "innaprop": (
+        functools.partial(innaprop, eps=0.0),
+        by_innaprop,
+        dict(lr=0.01, alpha=0.3, beta=0.9, b2=0.99, weight_decay=0.1),
+        {},
+    ),
+    "hand_celo2": (hand_celo2, by_hand_celo2, dict(lr=0.01, b1=0.9, b2=0.98, floor=1.5, num_steps=16), {}),
+    "shampoo": (functools.partial(shampoo, block=2, every=3), by_shampoo, dict(lr=0.01, b1=0.9, b2=0.95), {}),
+    "swats": (functools.partial(swats, eps=0.0), by_swats, ADAM | dict(tolerance=1e-3), {"tolerance"}),
+    "schedule_free_sgd": (
+        of("schedule_free_sgd"),
+        by_schedule_free,
+        dict(lr=0.01, b1=0.9, weight_decay=0.1, num_steps=200),
+        {},
+    ),
+    "lookahead": (of("lookahead"), by_lookahead, ADAM | dict(slow_step_size=0.5), {}),
+    "sgd": (of("sgd"), by_sgd, dict(lr=0.01, weight_decay=0.1), {}),
+    "sam": (of("sam"), by_sam, dict(lr=0.01, rho=0.3, momentum=0.9), {}),
+    "sophia": (of("sophia"), by_sophia, ADAM | dict(gamma=20.0, weight_decay=0.1), {}),
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_steps_by_hand(name):
+    factory, by_hand, hyper, thresholds = HAND[name]
+    theirs = np.stack([*by_hand(W, **hyper)])
+    given = dict(grad_fn=lambda p: p, value_fn=lambda p: 0.5 * jnp.sum(p * p))
+
+    def run(hyper):
+        tx = factory(hyper["lr"], **{k: x for k, x in hyper.items() if k != "lr"})
+
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params, **given)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (jnp.asarray(W), tx.init(jnp.asarray(W))), jnp.asarray(G))[1]
+
+    variants = [hyper, *(hyper | {key: off(key, x)} for key, x in hyper.items() if key not in thresholds)]
+    ours = jit(jax.vmap(run))({key: jnp.asarray([v[key] for v in variants]) for key in hyper})
+    misses = [np.abs(np.asarray(x) - theirs).max() / np.abs(theirs - W).max() for x in ours]
+    assert misses[0] < 1e-9
+    assert min(misses[1:]) > 1e-5, (hyper, misses)
+
+
+# What trajectories do not show
+
+
+def test_hutchinson_is_unbiased_and_exact_on_a_diagonal():
+    x = {"a": jnp.arange(3.0), "none": None}
+    scale = jnp.asarray([1.0, -2.0, 3.0])
+    exact = hutchinson(lambda p: {"a": scale * p["a"], "none": None}, x, jax.random.key(0))
+    np.testing.assert_allclose(exact["a"], scale)
+    matrix = jnp.asarray([[1.0, 2.0, -1.0], [2.0, -2.0, 0.5], [-1.0, 0.5, 3.0]])
+    draws = jax.vmap(lambda key: hutchinson(lambda p: matrix @ p, jnp.ones(3), key))(
+        jax.random.split(jax.random.key(1), 4096)
+    )
+    error = np.asarray(draws.mean(0) - jnp.diag(matrix)) / np.asarray(draws.std(0) / 64)
+    assert np.abs(error).max() < 4
+    assert np.abs(np.asarray(draws.mean(0) - matrix.sum(0)) / np.asarray(draws.std(0) / 64)).max() > 4  # not H z
+
+
+def test_adahessian_estimates_by_itself_every_few_steps():
+    tx = adahessian(0.1, every=2, b2=0.5, eps=0.0)
+    params, calls = jnp.ones((2, 2, 1, 1)), []
+    scale = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(params.shape)
+
+    def grad_fn(p):
+        calls.append(1)
+        return scale * p
+
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jnp.ones_like(params), state, params, grad_fn=grad_fn)
+        np.testing.assert_allclose(updates, -0.1 / 2.5)  # one number a window: the mean of the diagonal
+    assert int(state[0].seen) == 2
+    with pytest.raises(ValueError, match="adahessian: update needs hessian_diag= or grad_fn="):
+        tx.update(params, state, params)
+
+
+def test_gravity_starts_with_steps_of_alpha_whatever_the_schedule():
+    tx = baselines.get("gravity").make(lr=0.5, alpha=0.02, schedule=lambda count: (count + 1) / 100)
+    start = np.asarray(jax.tree.leaves(tx.init(jnp.zeros(4096)))[1])
+    assert abs(start.std() / (0.02 / 0.5) - 1) < 4 / np.sqrt(2 * 4096)
+    assert abs(start.mean()) < 4 * 0.04 / 64
+
+
+def test_adabound_ends_as_sgd_at_the_scheduled_final_rate():
+    tx = baselines.get("adabound").make(lr=0.01, final_lr=0.3, gamma=1e9, b1=0.0, schedule=lambda count: 0.5)
+    updates, _ = tx.update(jnp.asarray([2.0, -3.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    np.testing.assert_allclose(updates, [-0.3, 0.45], rtol=1e-6)
+
+
+def test_learning_rates_may_be_schedules():
+    assert at(0.5, 3) == 0.5
+    assert at(lambda count: 0.5 * count, 3) == 1.5
