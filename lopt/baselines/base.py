@@ -103,6 +103,7 @@ def define(
     horizon: bool = False,
     peak: bool = False,
     needs: frozenset[str] = frozenset(),
+    eval_params: Callable[[Any, Any], Any] | None = None,
     **fields: Any,
 ) -> Baseline:
     """The `Baseline` of a factory.
@@ -114,6 +115,7 @@ def define(
       horizon: the factory takes `num_steps=`.
       peak: the factory takes `peak_lr=`, the learning rate without its schedule.
       needs: see `Baseline`.
+      eval_params: see `Baseline`; given parameters in float32 where they are of lower precision.
       fields: the others of `Baseline`.
     """
 
@@ -129,7 +131,11 @@ def define(
             values["num_steps"] = num_steps
         return demanding(name, needs, in_float32(factory(scheduled(lr, schedule), **values)))
 
-    return Baseline(name, make, MappingProxyType(dict(space)), needs, **fields)
+    def evaluated(state: Any, params: Any) -> Any:
+        assert eval_params is not None
+        return _like(eval_params(state, _wide(params)), params)
+
+    return Baseline(name, make, MappingProxyType(dict(space)), needs, evaluated if eval_params else None, **fields)
 
 
 def scheduled(lr: Any, schedule: Callable[[Any], Any] | None) -> Rate:
