@@ -46,5 +46,6 @@ BASELINES = (
         exadam,
         {"lr": rate(1e-3), "weight_decay": decay()} | ADAM,
         source="Adly (2024), arXiv:2412.20302",
+        notes="without the first version's logarithmic growth of the step size",
     ),
 )

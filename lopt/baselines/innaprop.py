@@ -73,5 +73,6 @@ BASELINES = (
             "weight_decay": decay(),
         },
         source="Bolte et al. (2024), arXiv:2410.08530",
+        notes="the same steps in another variable",
     ),
 )

@@ -44,5 +44,6 @@ BASELINES = (
         laprop,
         {"lr": rate(4e-4), "weight_decay": decay()} | ADAM,
         source="Ziyin et al. (2020), arXiv:2002.04839",
+        notes="lr outside the average, in the paper inside",
     ),
 )

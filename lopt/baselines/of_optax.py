@@ -285,7 +285,7 @@ BASELINES: tuple[Baseline, ...] = (
         },
         needs=VALUE_FN,
         source="Liu et al. (2023), arXiv:2305.14342",
-        notes="Hutchinson with random signs every 10 steps; the same signs whatever the seed",
+        notes="Hutchinson with random signs, the same whatever the seed, every 10 steps (under vmap computed at each)",
     ),
     define(
         "ademamix",

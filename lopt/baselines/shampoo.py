@@ -11,7 +11,7 @@ over time with bias correction, and descended. β2 = 1 sums instead, as in the f
 
 Differs from the papers: roots by eigendecomposition; the ridge is `ridge` times the largest eigenvalue (Anil et al.'s)
 and not an absolute one; tensors of rank above 2 are matrices [product of the other axes, last axis]. Blocks are at most
-`block` on a side, so that state is at most 4 · block + 2 numbers a parameter.
+`block` on a side, so that state is at most 2 · block + 4 numbers a parameter (of vectors; 6 of large matrices).
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ BASELINES = (
         shampoo,
         {"lr": rate(1e-3), "b1": average(0.9), "b2": average(0.999), "weight_decay": decay()},
         source="Gupta et al. (2018), arXiv:1802.09568; Anil et al. (2020), arXiv:2002.09018",
-        notes="blocks of at most 128; roots every 10 steps; norms grafted from Adam's second moment",
+        notes="blocks of at most 128; roots every 10 steps, with a ridge relative to the largest eigenvalue; norms grafted from"
+        " Adam's second moment",
     ),
 )
