@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import test_baselines_parity as parity
 
 from lopt import baselines
 
+ROOT = Path(__file__).parents[1]
 HEADER = "| name | source | searched (default) | needs | schedules | state, B/param | checked against | to know |"
 
 

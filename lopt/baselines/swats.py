@@ -80,6 +80,7 @@ BASELINES = (
         swats,
         {"lr": rate(1e-3), "tolerance": Space(1e-9, 1e-4, True, 1e-9)} | ADAM,
         source="Keskar & Socher (2017), arXiv:1712.07628",
-        notes="the rate found is kept in units of lr, so that a schedule goes on; with the paper's tolerance a run of a few thousand steps often ends before the switch",
+        notes="the rate found is kept in units of lr, so that a schedule goes on; with the paper's tolerance"
+        " a run of a few thousand steps often ends before the switch",
     ),
 )
