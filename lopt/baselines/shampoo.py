@@ -148,7 +148,7 @@ BASELINES = (
         shampoo,
         {"lr": rate(1e-3), "b1": average(0.9), "b2": average(0.999), "weight_decay": decay()},
         source="Gupta et al. (2018), arXiv:1802.09568; Anil et al. (2020), arXiv:2002.09018",
-        notes="blocks of at most 128; roots every 10 steps, with a ridge relative to the largest eigenvalue; norms grafted"
-        " from Adam's second moment",
+        notes="blocks of at most 128; roots every 10 steps, with a ridge relative to the largest eigenvalue; norms"
+        " grafted from Adam's second moment",
     ),
 )
