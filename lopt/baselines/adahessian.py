@@ -2,7 +2,7 @@
 
 Source: Yao, Gholami, Shen, Mustafa, Keutzer & Mahoney (2020), arXiv:2006.00719, Algorithm 1.
 
-    D = z · (H z), z of random signs (Hutchinson, eq. 5);  D ← mean of |D| over the window of a convolution (eq. 9)
+    D = z · (H z), z of random signs (Hutchinson);  D ← mean of |D| over the window of a convolution
     m ← β1 m + (1-β1) g;  v ← β2 v + (1-β2) D²;  u = -lr · m̂ / (v̂^(k/2) + ε),   m̂, v̂ bias-corrected.
 
 k is the Hessian power. H z is one forward derivative of the gradient, about twice a gradient's cost. Differs from the

@@ -1,6 +1,6 @@
 """Adam-atan2: Adam without an epsilon, its quotient bounded by an arc tangent.
 
-Source: Everett et al. (2024), arXiv:2407.05872, §4 (epsilon). With m, v Adam's bias-corrected averages
+Source: Everett et al. (2024), arXiv:2407.05872, on epsilon. With m, v Adam's bias-corrected averages
 
     u = -lr · a · atan2(m, b · sqrt(v)),
 

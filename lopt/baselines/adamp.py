@@ -1,6 +1,6 @@
 """AdamP: Adam that takes the radial part out of steps of scale-invariant weights.
 
-Source: Heo et al. (2020), arXiv:2006.08217, Algorithm 2 and eq. 12. For a tensor of rank >= 2, first seen as one vector
+Source: Heo et al. (2020), arXiv:2006.08217, Algorithm 2. For a tensor of rank >= 2, first seen as one vector
 per output channel and, should that fail, as one vector: if the greatest |cos(g, p)| is below δ / sqrt(vector's length),
 the step loses its part along p and the decay is `decay_ratio` of what it is elsewhere.
 

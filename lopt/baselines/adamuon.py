@@ -6,7 +6,7 @@ Source: Si, Zhang & Shen (2025), arXiv:2507.11005, Algorithm 1. For a matrix
     u = -lr · 0.2 · sqrt(rows · columns) / |D|_F · D,
 
 so that the step's root mean square is .2 lr, as Adam's usually is. `signed=False` leaves the sign out, as the paper's
-first version does.
+first version does. Differs from the authors' code: no Nesterov step, which the paper does not have.
 
 Tensors of rank 0 and 1 get Adam at the same lr; those of rank above 2 are matrices [product of the other axes, last].
 """

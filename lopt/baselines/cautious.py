@@ -1,6 +1,6 @@
 """Cautious: a step moves only the elements whose step does not climb the present gradient.
 
-Source: Liang, Chen, Liu & Liu (2024), Cautious Optimizers, arXiv:2411.16085, Algorithm 1. For each tensor of n
+Source: Liang, Chen, Liu & Liu (2024), Cautious Optimizers, arXiv:2411.16085. For each tensor of n
 elements, the step u of another optimizer becomes
 
     φ = 1[u · (-g) > 0],   u ← u · φ · n / (|φ|₁ + 1).
@@ -46,14 +46,14 @@ def masked(direction: Any, g: Any) -> Any:
 def cautious_adamw(
     learning_rate: Rate, *, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, weight_decay: Any = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """C-AdamW (Algorithm 2)."""
+    """C-AdamW."""
     return descend(cautious(optax.scale_by_adam(b1, b2, eps)), learning_rate, weight_decay)
 
 
 def cautious_lion(
     learning_rate: Rate, *, b1: Any = 0.9, b2: Any = 0.99, weight_decay: Any = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """C-Lion (appendix)."""
+    """C-Lion."""
     return descend(cautious(optax.scale_by_lion(b1, b2)), learning_rate, weight_decay)
 
 

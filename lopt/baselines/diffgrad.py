@@ -1,6 +1,6 @@
 """diffGrad: Adam slowed down where the gradient hardly changes.
 
-Source: Dubey, Chakraborty, Roy, Mukherjee, Singh & Chaudhuri (2019), arXiv:1909.11015, eq. 8–10. With Adam's m̂ and v̂
+Source: Dubey, Chakraborty, Roy, Mukherjee, Singh & Chaudhuri (2019), arXiv:1909.11015. With Adam's m̂ and v̂
 
     ξ = 1 / (1 + exp(-|g_last - g|)),   u = -lr · ξ · m̂ / (sqrt(v̂) + ε),   g_last = 0 before the first update.
 """

@@ -1,6 +1,7 @@
 """INNAprop: an inertial Newton-like method (INNA) with RMSprop's scaling.
 
-Source: Bolte, Boustany, Pauwels & Purica (2024), arXiv:2410.08530, Algorithm 1. With γ = lr, ĝ = g / (sqrt(v̂) + ε)
+Source: Bolte, Boustany, Pauwels & Purica (2024), arXiv:2410.08530, as in Algorithm 1 and the authors' code. With
+γ = lr, ĝ = g / (sqrt(v̂) + ε)
 
     ψ ← (1 - γ/β) ψ + γ (1/β - α) θ
     θ ← (1 + γ(1-αβ)/(β-γ)) θ - γ/(β-γ) ψ - γ β ĝ,   ψ_0 = (1-αβ) θ_0.

@@ -1,7 +1,7 @@
 """MARS-AdamW: Adam of a gradient whose variance is reduced by the one before.
 
-Source: Yuan, Liu, Wu, Zhou & Gu (2024), arXiv:2411.10438, Algorithm 2 in its approximate form (§3.2: the last gradient
-on the last batch takes the place of one on this batch). For a tensor of rank >= 2
+Source: Yuan, Liu, Wu, Zhou & Gu (2024), arXiv:2411.10438, Algorithm 2 in its approximate form (the last gradient, on
+the last batch, takes the place of one on this batch). For a tensor of rank >= 2
 
     c = g + γ β1/(1-β1) (g - g_last);  c ← c / max(|c|, 1);  m, v: Adam's averages of c and c².
 

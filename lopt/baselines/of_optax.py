@@ -25,7 +25,7 @@ def sgd(learning_rate: Rate, *, weight_decay: Any, **momentum: Any) -> optax.Gra
 
 
 def ademamix(learning_rate: Rate, *, num_steps: Any, b3: Any, alpha: Any, **hyper: Any) -> optax.GradientTransformation:
-    """AdEMAMix with the paper's schedulers of alpha and b3 (§3) over the horizon, where there is one."""
+    """AdEMAMix with the paper's schedulers of alpha and b3 over the horizon, where there is one."""
     if num_steps is None:
         return contrib.ademamix(learning_rate, b3=b3, alpha=alpha, **hyper)
     log_start, log_end = jnp.log(hyper["b1"]), jnp.log(b3)

@@ -2,7 +2,7 @@
 
 Source: Keskar & Socher (2017), arXiv:1712.07628, Algorithm 1. Over all tensors as one vector, with Adam's step p
 
-    γ = p·p / (-p·g)  (eq. 3; where p·g ≠ 0);   λ ← β2 λ + (1-β2) γ;
+    γ = p·p / (-p·g)  (where p·g ≠ 0);   λ ← β2 λ + (1-β2) γ;
     if t > 1 and |λ/(1-β2^t) - γ| < ε, from the next update on:  v ← β1 v + g;  u = -(1-β1) Λ v,   Λ = λ/(1-β2^t).
 
 Differs from the paper: γ, λ and Λ are kept in units of lr, so that a schedule of lr goes on after the switch; a switch
