@@ -189,53 +189,51 @@ def test_when_is_computed_for_the_batch_only_if_any_member_is_due():
 # Composition with optax
 
 
-def updates_of(tx, grads, params, extra, state=None):
-    return tx.update(grads, tx.init(params) if state is None else state, params, **extra)
-
-
 @pytest.mark.slow
 def test_composes(name):
-    """Donated jitted steps equal plain ones and are traced once; chain, MultiSteps, masked and vmap change nothing."""
+    """Donated steps equal a scan and are traced once; chain, MultiSteps and masked change nothing."""
     b = baselines.get(name)
     make = functools.partial(b.make, num_steps=STEPS, schedule=lambda count: 1 / (1 + 0.1 * count))
     tx, start, traces = make(), mixed(), []
     close = lambda a, b: jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5), a, b)  # noqa: E731
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jit, donate_argnums=(0, 1))
     def step(params, state):
         traces.append(1)
         grads, extra = given(bowl, params)
         updates, state = tx.update(grads, state, params, **extra)
+        assert types(updates) == types(params)
         return optax.apply_updates(params, updates), state
 
     params, state = mixed(), tx.init(start)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    plain, plain_state = start, tx.init(start)
+    before = types(state)
     for _ in range(3):
         params, state = step(params, state)
-        grads, extra = given(bowl, plain)
-        updates, plain_state = tx.update(grads, plain_state, plain, **extra)
-        assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, plain)
-        plain = optax.apply_updates(plain, updates)
     assert len(traces) == 1
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
-    close(params, plain)
+    assert types(state) == before
+    close(params, jit(lambda p: train(tx, bowl, p, 3)[0])(start))
 
-    grads, extra = given(bowl, start)
-    expected = updates_of(tx, grads, start, extra)[0]
-    chained = optax.chain(optax.scale(1.0), make(), optax.scale(0.5))
-    close(updates_of(chained, grads, start, extra)[0], jax.tree.map(lambda u: 0.5 * u, expected))
-    many = optax.MultiSteps(make(), every_k_schedule=2)
-    first = many.update(grads, many.init(start), start, **extra)
-    assert not any(jnp.any(u) for u in jax.tree.leaves(first[0]))
-    close(many.update(grads, first[1], start, **extra)[0], expected)
+    @jit
+    def composed(params):
+        grads, extra = given(bowl, params)
+        only = lambda tx: tx.update(grads, tx.init(params), params, **extra)[0]  # noqa: E731
+        many = optax.MultiSteps(make(), every_k_schedule=2)
+        first, state = many.update(grads, many.init(params), params, **extra)
+        second = many.update(grads, state, params, **extra)[0]
+        return only(tx), only(optax.chain(optax.scale(1.0), make(), optax.scale(0.5))), first, second
+
+    alone, chained, first, second = composed(start)
+    close(chained, jax.tree.map(lambda u: 0.5 * u, alone))
+    assert not any(jnp.any(u) for u in jax.tree.leaves(first))
+    close(second, alone)
     if not b.needs - {"value"}:  # else the given functions are of all leaves
-        masked = optax.masked(
-            make(), {"w": True, "rank5": False, "low": False, "scalar": False, "empty": False, "none": None}
-        )
-        alone = updates_of(tx, {"w": grads["w"]}, {"w": start["w"]}, extra)[0]
-        ours = updates_of(masked, grads, start, extra)[0]
-        close(ours["w"], alone["w"])
+        grads, extra = given(bowl, start)
+        mask = {key: key == "w" for key in start}
+        masked = optax.masked(make(), mask)
+        ours = masked.update(grads, masked.init(start), start, **extra)[0]
+        part = {"w": start["w"]}
+        close(ours["w"], tx.update({"w": grads["w"]}, tx.init(part), part, **extra)[0]["w"])
         np.testing.assert_array_equal(ours["rank5"], grads["rank5"])
 
 

@@ -205,7 +205,8 @@ def _is_key(x: Any) -> bool:
 
 
 def _copy(x: Any) -> Any:
-    return x if _is_key(x) else jnp.array(x, copy=True)
+    """Of a type that is not weak, which after an update no part of the state has."""
+    return x if _is_key(x) else jnp.array(x, jnp.result_type(x), copy=True)
 
 
 def _like(tree: Any, model: Any) -> Any:
