@@ -90,7 +90,7 @@ OTHERWISE = {
     "adamp": [dict(delta=0.01), dict(delta=5.0)],
     "soap": [dict(every=5)],
     "soap_one_side": [dict(every=4, max_dim=5)],
-    "shampoo": [dict(graft=True), dict(every=2), dict(block=2)],
+    "shampoo": [dict(block=2)],
     "adamuon": [dict(signed=True)],
 }
 

@@ -181,8 +181,9 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         for name in ("value_fn", "grad_fn"):
             if extra.get(name) is not None:
                 extra[name] = _widened(extra[name], params)
-        if extra.get("value") is not None:
-            extra["value"] = _wide(extra["value"])
+        for name in ("value", "hessian_diag"):
+            if extra.get(name) is not None:
+                extra[name] = _wide(extra[name])
         updates, after = tx.update(_wide(updates), state, _wide(params), **extra)
         # Traced hyper-parameters are not weakly typed: float32 ones would widen nothing but the types of scalars.
         after = _like(after, state)
