@@ -185,9 +185,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
             if extra.get(name) is not None:
                 extra[name] = _wide(extra[name])
         updates, after = tx.update(_wide(updates), state, _wide(params), **extra)
-        # Traced hyper-parameters are not weakly typed: float32 ones would widen nothing but the types of scalars.
-        after = _like(after, state)
-        return _like(updates, params), after
+        # Traced hyper-parameters are not weakly typed, so arithmetic with them may change types.
+        return _like(updates, params), _like(after, state)
 
     return transform(init, update)
 
