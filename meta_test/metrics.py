@@ -6,6 +6,7 @@ target nor a hit is one lucky evaluation. All that follows is computed on smooth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -86,3 +87,126 @@ def speed_verdict(speed: float) -> Verdict:
     if speed > 1.0:
         return Verdict("won", True)
     return Verdict("lost" if speed < 1.0 else "tie", True)
+
+
+# Over tasks. Scores are [tasks, seeds]; NaN is what could not be scored and is left out, 0 a target never reached.
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def paired_speed_ups(
+    steps: Int[np.ndarray, " E"],
+    losses: Float[np.ndarray, "S E"],
+    reference_steps: Int[np.ndarray, " F"],
+    reference: Float[np.ndarray, "S F"],
+) -> Float[np.ndarray, " S"]:
+    """Speed-up on each seed to the reference's best smoothed loss on the same seed; the reference's own is 1."""
+    out = []
+    for ours, theirs in zip(smoothed(losses), smoothed(reference), strict=True):
+        target = float(theirs.min())
+        out.append(speed_up(first_hit(reference_steps, theirs, target), first_hit(steps, ours, target)))
+    return np.array(out)
+
+
+def iqm(scores: Float[np.ndarray, "*N"]) -> float:
+    """Interquartile mean: of the middle half of all scores, those that are cut counted in part.
+
+    With n scores a quarter of n is taken away at each end, n/4 need not be whole. Agarwal et al. (2021), §4.3.
+
+    >>> iqm(np.array([0.0, 1.0, 2.0, 100.0])), iqm(np.array([0.0, 3.0, 9.0]))
+    (1.5, 3.5)
+    """
+    flat = np.sort(scores[~np.isnan(scores)])
+    if not flat.size:
+        return float("nan")
+    n = flat.size
+    ends = np.arange(1, n + 1)
+    weights = np.clip(np.minimum(ends, 0.75 * n) - np.maximum(ends - 1, 0.25 * n), 0, 1)
+    return float(np.dot(weights, np.where(weights > 0, flat, 0)) / weights.sum())
+
+
+def median_of_means(scores: Float[np.ndarray, "T S"]) -> float:
+    """Median over tasks of their means over seeds."""
+    kept = scores[~np.isnan(scores).all(1)]
+    return float(np.median(np.nanmean(kept, 1))) if len(kept) else float("nan")
+
+
+def mean_of(scores: Float[np.ndarray, "T S"]) -> float:
+    """Mean over tasks of their means over seeds."""
+    kept = scores[~np.isnan(scores).all(1)]
+    return float(np.nanmean(kept, 1).mean()) if len(kept) else float("nan")
+
+
+def stratified_bootstrap(
+    statistic: Callable[[Float[np.ndarray, "T S"]], float],
+    scores: Float[np.ndarray, "T S"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic: seeds are drawn with replacement within each task, tasks stay.
+
+    It says how sure the result is on these tasks, not on others. Agarwal et al. (2021), §4.1.
+    """
+    tasks, seeds = scores.shape
+    if not tasks or not seeds:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(0, seeds, (resamples, tasks, seeds))
+    found = np.array([statistic(np.take_along_axis(scores, draw, 1)) for draw in draws])
+    if np.isnan(found).all():
+        return float("nan"), float("nan")
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(found, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def performance_profile(hits: Float[np.ndarray, "O T"], ratios: Float[np.ndarray, " R"]) -> Float[np.ndarray, "O R"]:
+    """Share of tasks on which an optimizer needs at most `ratio` times the steps of the fastest one there.
+
+    Args:
+      hits: steps to the target; infinite where never. Tasks that nobody solves count for all as unsolved.
+      ratios: ≥ 1.
+
+    Source: Dolan & Moré (2002), "Benchmarking optimization software with performance profiles", equation (2.1).
+    """
+    hits = np.where(np.isfinite(hits), np.maximum(hits, 1), np.inf)
+    best = hits.min(axis=0)
+    relative = np.where(np.isfinite(hits), hits / np.where(np.isfinite(best), best, 1.0), np.inf)
+    return (relative[:, :, None] <= ratios).mean(axis=1)
+
+
+def wins(ours: Float[np.ndarray, "T S"], theirs: Float[np.ndarray, "T S"]) -> Float[np.ndarray, "T S"]:
+    """1 where our final loss is less than theirs on the same seed, ½ where equal; what is not finite is the worst."""
+    ours, theirs = (np.where(np.isfinite(x), x, np.inf) for x in (ours, theirs))
+    return (ours < theirs) + 0.5 * (ours == theirs)
+
+
+def ranks(losses: Float[np.ndarray, "O *T"]) -> Float[np.ndarray, "O *T"]:
+    """Rank among the optimizers, 1 the least loss, ties shared; what is not finite is the worst."""
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    less = (losses[None] < losses[:, None]).sum(1)
+    equal = (losses[None] == losses[:, None]).sum(1)
+    return less + (equal + 1) / 2
+
+
+# Studentised range at 5 % over √2, for 2, 3, … optimizers. Demšar (2006), table 5.
+NEMENYI = (
+    1.960, 2.344, 2.569, 2.728, 2.850, 2.948, 3.031, 3.102, 3.164, 3.219, 3.268, 3.313, 3.354, 3.391, 3.426, 3.458,
+    3.489, 3.517, 3.544,
+)  # fmt: skip
+
+
+def critical_difference(optimizers: int, tasks: int) -> float:
+    """Mean ranks that differ by less are not told apart by Nemenyi's test at 5 %; NaN for more optimizers than tabled.
+
+    q √(k (k + 1) / 6 N). Demšar (2006), "Statistical comparisons of classifiers over multiple data sets", §3.2.2.
+    """
+    if not 2 <= optimizers < 2 + len(NEMENYI) or tasks < 1:
+        return float("nan")
+    return NEMENYI[optimizers - 2] * float(np.sqrt(optimizers * (optimizers + 1) / (6 * tasks)))
+
+
+def divergence_rate(losses: Float[np.ndarray, "S E"]) -> float:
+    """Share of seeds whose loss was ever not finite."""
+    return float((~np.isfinite(losses)).any(axis=-1).mean())

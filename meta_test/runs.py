@@ -38,11 +38,16 @@ class Contender(NamedTuple):
       name: for tables.
       make: `(shared, **hyper) -> optax transform`; hyper are traced scalars.
       shared: pytree that all runs share (theta), an argument of the compiled call: other weights do not recompile.
+      needs: of "value_fn", "grad_fn", "hessian_diag": its update is then called with `value_fn(params) -> loss` and
+        `grad_fn(params) -> gradients` on the same batch, and with a key; `value` all get.
+      eval_params: `(optimizer's state, params) -> params` to evaluate, where these are others (averages).
     """
 
     name: str
     make: Callable[..., optax.GradientTransformation]
     shared: Any = ()
+    needs: frozenset[str] = frozenset()
+    eval_params: Callable[[Any, Any], Any] | None = None
 
 
 class Curves(NamedTuple):
@@ -101,7 +106,7 @@ def begin(task: Task, make: Callable[..., Any], shared: Any, hyper: Any, seed: A
 
 
 def step(
-    task: Task, make: Callable[..., Any], data: Any, shared: Any, hyper: Any, seed: Array, t: Array, run: Particle
+    task: Task, contender: Contender, data: Any, shared: Any, hyper: Any, seed: Array, t: Array, run: Particle
 ) -> Particle:
     """Update number t."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), t)
@@ -112,8 +117,13 @@ def step(
     grad_state = run.grad_state
     if task.grad_transform:
         grads, grad_state = task.grad_transform.update(grads, grad_state, run.params)
-    tx = optax.with_extra_args_support(make(shared, **hyper))
-    updates, opt_state = tx.update(grads, run.opt_state, run.params, value=value)
+    extra: dict[str, Any] = {"value": value}
+    if contender.needs - {"value"}:
+        extra["value_fn"] = lambda params: task.loss(params, loss_key, run.phi, batch)
+        extra["grad_fn"] = lambda params: value_and_grad(params, loss_key, run.phi, batch)[1]
+        extra["key"] = jax.random.fold_in(key, 0)
+    tx = optax.with_extra_args_support(contender.make(shared, **hyper))
+    updates, opt_state = tx.update(grads, run.opt_state, run.params, **extra)
     return Particle(run.phi, optax.apply_updates(run.params, updates), opt_state, grad_state)
 
 
@@ -153,12 +163,18 @@ def prepare(contender: Contender, task: Task, most: int) -> Program:
         return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=spread, check_vma=False), **kwargs)
 
     def advance(data: Any, shared: Any, t: Array, stop: Array, hyper: Any, seed: Array, run: Particle):
-        one = partial(step, task, contender.make, data, shared, hyper, seed)
+        one = partial(step, task, contender, data, shared, hyper, seed)
         run = jax.lax.fori_loop(t, stop, one, run)
-        return run, {split: evaluate(task, data, split, run, metrics=False)["loss"] for split in CURVES}
+        shown = judged(run)
+        return run, {split: evaluate(task, data, split, shown, metrics=False)["loss"] for split in CURVES}
+
+    def judged(run: Particle) -> Particle:
+        if contender.eval_params is None:
+            return run
+        return run._replace(params=contender.eval_params(run.opt_state, run.params))
 
     def examine(data: Any, run: Particle):
-        return evaluate(task, data, "test", run, metrics=True)
+        return evaluate(task, data, "test", judged(run), metrics=True)
 
     return Program(
         start=over_runs(partial(begin, task, contender.make), everywhere, spread, spread),

@@ -1,0 +1,144 @@
+"""Who takes part: a name on the command line becomes something that `meta_test.runs` can run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+import lopt
+from lopt import baselines
+from lopt.baselines.base import Baseline
+from lopt.pretrained import CONFIG, find
+from meta_test.runs import Contender
+
+WARMUP = 0.05  # of the horizon, of the cosine schedule
+SCHEDULES = ("constant", "cosine")
+PREFIX = "lopt:"
+
+
+class Entrant(NamedTuple):
+    """An optimizer and what is searched for it.
+
+    Fields:
+      name: of tables and files.
+      contender: makes it from `num_steps`, `cosine` and the hyper-parameters of `space`, all traced.
+      version: what its numbers depend on besides its name; part of a cell's key.
+      space: name -> (low, high, log, default, choices) of numeric hyper-parameters; empty: it is not tuned.
+      schedules: of SCHEDULES, that are tried.
+      deterministic_only: it is undefined on minibatches.
+    """
+
+    name: str
+    contender: Contender
+    version: str
+    space: Mapping[str, Any] = {}
+    schedules: tuple[str, ...] = SCHEDULES
+    deterministic_only: bool = False
+
+    @property
+    def tuned(self) -> bool:
+        return bool(self.space)
+
+
+def unit_schedule(num_steps: Any, cosine: Any) -> Callable[[Any], Any]:
+    """1, or where `cosine` a linear warm-up over the first WARMUP of the horizon and a cosine from 1 to 0.
+
+    The update number `count` is 0 at the first; all may be traced.
+    """
+    warmup = jnp.ceil(WARMUP * num_steps)
+
+    def schedule(count: Any) -> Any:
+        fraction = jnp.clip((count - warmup) / jnp.maximum(num_steps - warmup, 1), 0, 1)
+        unit = jnp.where(count < warmup, (count + 1) / warmup, 0.5 * (1 + jnp.cos(jnp.pi * fraction)))
+        return jnp.where(cosine, unit, 1.0)
+
+    return schedule
+
+
+def resolve(spec: str) -> Entrant:
+    """An entrant by `lopt:NAME`, a baseline's name, a folder of an artifact or a run, or `module:function`.
+
+    A user's function is called with `num_steps=` (without, if it has no such parameter) and returns an optax transform,
+    which is run untuned; or it is a `lopt.baselines.base.Baseline`, which is tuned like ours.
+
+    Raises ValueError naming the nearest valid names, and for what cannot be imported or read.
+    """
+    if spec.startswith(PREFIX):
+        return _learned(spec.removeprefix(PREFIX), spec)
+    if spec in baselines.names():
+        return of_baseline(baselines.get(spec))
+    if Path(spec).is_dir():
+        return _learned(spec, "/".join(Path(spec).resolve().parts[-2:]))
+    if ":" in spec:
+        return _own(spec)
+    if spec in lopt.available():
+        raise ValueError(f"lopt-eval: optimizer, got {spec!r}; valid: {PREFIX}{spec}, the shipped optimizer.")
+    baselines.get(spec)  # raises with the nearest names
+    raise AssertionError(spec)
+
+
+def _learned(source: str, name: str) -> Entrant:
+    rule, theta = lopt.read(source)
+    digest = hashlib.sha256((find(source) / CONFIG).read_bytes()).hexdigest()[:16]  # holds the sha256 of the weights
+
+    def make(theta: Any, *, num_steps: Any, cosine: Any) -> Any:
+        return rule.bind(theta, num_steps=num_steps)
+
+    return Entrant(name, Contender(name, make, theta, rule.needs - {"value", "num_steps"}), digest)
+
+
+def of_baseline(baseline: Baseline) -> Entrant:
+    """A baseline with the numeric part of its space; what is not a number stays at its default."""
+    space = {name: one for name, one in baseline.space.items() if _is_numeric(one)}
+
+    def make(shared: Any, *, num_steps: Any, cosine: Any, **hyper: Any) -> Any:
+        return baseline.make(num_steps=num_steps, schedule=unit_schedule(num_steps, cosine), **hyper)
+
+    contender = Contender(baseline.name, make, (), frozenset(baseline.needs), baseline.eval_params)
+    schedules = tuple(one for one in SCHEDULES if one in baseline.schedules) or ("constant",)
+    return Entrant(baseline.name, contender, str(baseline.version), space, schedules, bool(baseline.deterministic_only))
+
+
+def _is_numeric(one: Any) -> bool:
+    values = [one.default, *(one.choices or ())]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _own(spec: str) -> Entrant:
+    module, _, name = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        held = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"lopt-eval: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
+        ) from error
+    function = getattr(held, name, None)
+    if isinstance(function, Baseline):
+        return of_baseline(function)._replace(name=spec, version=_digest(held))
+    if not callable(function):
+        raise ValueError(f"lopt-eval: {spec}: {module} has no function {name!r}; valid: package.module:function.")
+    told = "num_steps" in inspect.signature(function).parameters
+
+    def make(shared: Any, *, num_steps: Any, cosine: Any) -> Any:
+        tx = function(num_steps=num_steps) if told else function()
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise ValueError(f"lopt-eval: {spec} returned a {type(tx).__name__}; valid: an optax transform.")
+        return tx
+
+    return Entrant(spec, Contender(spec, make), _digest(held))
+
+
+def _digest(module: Any) -> str:
+    path = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else ""

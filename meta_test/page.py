@@ -1,0 +1,403 @@
+"""The report: one HTML file that needs no network, the same as Markdown, and its numbers as CSV."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meta_test import drawing, metrics, standings
+from meta_test.session import REFERENCE
+from meta_test.standings import ONE, TEN, TUNED, Board, Score, Total
+
+FILES = ("report.html", "report.md", "results.csv", "summary.csv")
+MOST = 6  # curves drawn in full
+RATIOS = np.geomspace(1, 32, 101)
+
+
+class Cell(NamedTuple):
+    """Of a table: what is read, and what it is sorted by (NaN at the end)."""
+
+    text: str
+    value: float = math.nan
+
+
+class Table(NamedTuple):
+    """Rows under a header; the first column is a name."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+class Section(NamedTuple):
+    """A part of the report: paragraphs, figures and tables in this order."""
+
+    title: str
+    text: Sequence[str]
+    figures: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+
+
+def number(value: float, digits: int = 3, unit: str = "") -> Cell:
+    return Cell(f"{value:.{digits}g}{unit}" if math.isfinite(value) else "–", value)
+
+
+def times(value: float, interval: tuple[float, float] | None = None) -> Cell:
+    """A speed-up."""
+    if math.isnan(value):
+        return Cell("–")
+    span = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    return Cell(f"{value:.2f}×{span}", value)
+
+
+def spread(values: np.ndarray, *, percent: bool = False) -> Cell:
+    """Mean ± standard deviation over seeds."""
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        return Cell(f"diverged ({bad} of {len(values)})", math.inf)
+    scale, mean = (100, float(values.mean())) if percent else (1, float(values.mean()))
+    deviation = scale * float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    text = f"{scale * mean:.1f}" if percent else f"{mean:.4g}"
+    more = f" ± {deviation:.1f}" if percent else f" ± {deviation:.1g}"
+    return Cell(text + (more if math.isfinite(deviation) else "") + (" %" if percent else ""), scale * mean)
+
+
+def hit(steps: int | None, speed: float) -> Cell:
+    if math.isnan(speed):
+        return Cell("no target")
+    return Cell(f"{speed:.2f}× (step {steps})" if steps is not None else "0 (never)", speed)
+
+
+def highlighted(board: Board, totals: Sequence[Total]) -> list[str]:
+    """Drawn in full: the reference, what was run untuned, and the best of the others; MOST in all."""
+    untuned = {row.label for rows in board.rows.values() for row in rows.values() if row.budget == "untuned"}
+    ordered = sorted(totals, key=lambda t: (t.label != REFERENCE, t.label not in untuned, t.rank, t.label))
+    return [total.label for total in ordered[:MOST]]
+
+
+def sections(board: Board) -> list[Section]:
+    """The report without its form."""
+    labels = board.labels()
+    totals = standings.totals(board, labels)
+    if not totals:
+        missing = f"No problem has a tuned {REFERENCE} that ended, so that there is nothing to measure against."
+        return [Section("Nothing to compare", [missing]), *(_problem(board, p.name, []) for p in board.problems)]
+    shown = highlighted(board, totals)
+    difference = metrics.critical_difference(len(totals), len(board.problems))
+    parts = [label for p in board.problems for label in (f"{REFERENCE}, T/2", f"{REFERENCE}, T/3")]
+    controls = standings.totals(board, [REFERENCE, *dict.fromkeys(parts)])
+    out = [
+        Section(
+            "Over all tasks",
+            [
+                f"Speed-up: steps in which the tuned {REFERENCE} reaches its best smoothed loss, over the steps that "
+                "another optimizer takes to reach that loss; 0 if it never does. Tuned means at a cost of dozens of runs; "
+                f"untuned rows took one. {REFERENCE} tuned for T/2 and T/3 shows what a shorter schedule alone earns. "
+                "Intervals are of 95 % over seeds on these tasks. Click on a column to sort.",
+            ],
+            tables=[_totals([*totals, *controls[1:]])],
+        ),
+        Section("Speed-up", [], [drawing.bars([*totals, *controls[1:]])], [_budgets(board)]),
+        Section(
+            "Performance profile",
+            [
+                f"Share of the {len(board.problems)} tasks on which an optimizer reaches the tuned {REFERENCE}'s best "
+                "validation loss in at most τ times the steps of the fastest one (Dolan and Moré). Grey: the others."
+            ],
+            [drawing.profiles(labels, RATIOS, standings.profile(board, labels, RATIOS), shown)],
+        ),
+        Section(
+            "Ranks",
+            [
+                "By final validation loss on each task and seed. Mean ranks that differ by less than the critical "
+                "difference (Nemenyi, 5 %) are not told apart by so few tasks."
+            ],
+            [drawing.rank_plot(totals, difference)],
+        ),
+    ]
+    return out + [_problem(board, problem.name, shown) for problem in board.problems]
+
+
+def _totals(totals: Sequence[Total]) -> Table:
+    header = (
+        "optimizer", "speed-up, validation (IQM)", "median", "speed-up, training (IQM)", "in time (IQM)", "win rate",
+        "mean rank", "diverged", "failed", "ms a step / AdamW", "state, bytes a parameter",
+    )  # fmt: skip
+    rows = [
+        (
+            Cell(t.label),
+            times(t.iqm["validation"], t.interval["validation"]),
+            times(t.median["validation"], t.median_interval["validation"]),
+            times(t.iqm["train"], t.interval["train"]),
+            times(t.wall),
+            Cell(f"{100 * t.win:.0f} % [{100 * t.win_interval[0]:.0f}, {100 * t.win_interval[1]:.0f}]", t.win),
+            Cell(f"{t.rank:.1f} [{t.rank_interval[0]:.1f}, {t.rank_interval[1]:.1f}]", t.rank),
+            Cell(f"{100 * t.diverged:.0f} %", t.diverged),
+            Cell(str(t.failed), t.failed),
+            number(t.relative_ms),
+            number(t.state_bytes),
+        )
+        for t in totals
+    ]
+    return Table(header, rows)
+
+
+def _budgets(board: Board) -> Table:
+    found = standings.budgets(board)
+    rows = [
+        (Cell(name), *(times(one.get(budget, math.nan)) for budget in (ONE, TEN, TUNED))) for name, one in found.items()
+    ]
+    header = ("IQM of the validation speed-up", "1 trial (defaults)", "10 trials", "fully tuned")
+    return Table(header, rows)
+
+
+def _problem(board: Board, name: str, shown: Sequence[str]) -> Section:
+    problem = next(p for p in board.problems if p.name == name)
+    found, rows = standings.scores(board, name), board.rows[name]
+    measured = sorted({metric for row in rows.values() for metric in row.test if metric != "loss"})
+    header = [
+        "optimizer", "final validation loss", "best", "final training loss", "best", "test loss",
+        *(f"test {metric}" for metric in measured), "speed-up, validation", "speed-up, training", "in time, validation",
+        "diverged", "ms a step", "state, bytes", "chosen for validation",
+    ]  # fmt: skip
+    lines = []
+    for row in rows.values():
+        score = found.get(row.label)
+        if score is None:
+            failed = Cell(f"{row.status}: {row.error}"[:160], math.inf)
+            lines.append([Cell(row.label), failed, *[Cell("–")] * (len(header) - 2)])
+            continue
+        timing = board.timing.get(name, {}).get(row.optimizer, {})
+        lines.append(
+            [
+                Cell(row.label),
+                spread(score.final["validation"]),
+                spread(score.best["validation"]),
+                spread(score.final["train"]),
+                spread(score.best["train"]),
+                spread(row.test["loss"]),
+                *(
+                    spread(row.test[metric], percent=metric == "accuracy") if metric in row.test else Cell("–")
+                    for metric in measured
+                ),
+                hit(score.hit["validation"], score.speed_up["validation"]),
+                hit(score.hit["train"], score.speed_up["train"]),
+                times(score.wall["validation"]),
+                Cell(f"{100 * score.diverged:.0f} %", score.diverged),
+                number(timing.get("ms", math.nan)),
+                Cell(f"{timing['state_bytes']:,}", timing["state_bytes"]) if timing else Cell("–"),
+                Cell(_chosen(row)),
+            ]
+        )
+    lines.sort(key=lambda line: (math.inf if math.isnan(line[1].value) else line[1].value, line[0].text))
+    figures = [drawing.curves(board, name, found, shown)] if shown else []
+    return Section(f"{name}: {problem.describe()}", [f"{problem.note}."], figures, [Table(header, lines)])
+
+
+def _chosen(row: standings.Row) -> str:
+    if not row.chosen:
+        return "untuned"
+    point = row.chosen["validation"]
+    words = [f"{key} {value:.3g}" for key, value in point["hyper"].items()]
+    return ", ".join([*words, point["schedule"]]) + (" (at the edge of the grid)" if row.edge.get("validation") else "")
+
+
+def environment(board: Board) -> list[tuple[str, str]]:
+    """What the numbers come from: commands, machine, versions, hashes."""
+    out = []
+    for about in board.abouts:
+        machine = about["machine"]
+        out += [
+            ("command", about["command"]),
+            ("date", f"{about['date']}, {about['wall_seconds']:.0f} s"),
+            ("suite, seeds", f"{about['suite']}, {about['seeds']}"),
+            ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}"),
+            ("versions", f"Python {machine['python']}, JAX {machine['jax']}, optax {machine['optax']}"),
+            ("records", f"{len(about['cells'])}, sha256 of their keys {digest(about['cells'])}"),
+        ]
+    return out
+
+
+def digest(names: Sequence[str]) -> str:
+    """One hash of all cells' keys: equal if two runs rest on the same inputs."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+
+
+NOTES = (
+    "Definitions, formulas and their sources: docs/evaluation.md. Paired: a seed fixes data, initial weights and every "
+    "minibatch for all optimizers alike. Tuned on other seeds than those reported; learning rate, schedule and weight "
+    "decay chosen on validation loss (for the training columns on training loss). ms a step: one run alone, measured "
+    "in the session of the command above. Bands: least to largest of the seeds; dashed line: the target."
+)
+
+
+def as_html(title: str, parts: Sequence[Section], about: Sequence[tuple[str, str]]) -> str:
+    """One file that opens by a double click."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    links = "".join(f'<li><a href="#s{i}">{html.escape(part.title)}</a></li>' for i, part in enumerate(parts))
+    body.append(f"<details><summary>Contents</summary><ul>{links}</ul></details>")
+    for i, part in enumerate(parts):
+        body.append(f'<h2 id="s{i}">{html.escape(part.title)}</h2>')
+        body += [f"<p>{html.escape(text)}</p>" for text in part.text]
+        body += [f"<figure>{figure}</figure>" for figure in part.figures]
+        body += [_html_table(table) for table in part.tables]
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in about)
+    body += ["<h2>Where this comes from</h2>", f'<div class="scroll"><table class="about">{rows}</table></div>']
+    body.append(f"<p>{html.escape(NOTES)}</p>")
+    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th><button type="button">{html.escape(name)}</button></th>' for name in table.header)
+
+    def cell(one: Cell) -> str:
+        value = f' data-v="{one.value:.6g}"' if not math.isnan(one.value) else ""
+        return f"<td{value}>{html.escape(one.text)}</td>"
+
+    rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in table.rows)
+    return (
+        f'<div class="scroll"><table class="sort"><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>TITLE</title><style>
+body{font:15px/1.45 system-ui,sans-serif;color:#111;background:#fff;margin:0 auto;max-width:70rem;padding:0 .8rem 3rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-top:1px solid #bbb;padding-top:.8rem}
+p{max-width:48rem}figure{margin:.5rem 0;max-width:56rem;overflow-x:auto}
+figure svg{width:100%;min-width:30rem;height:auto}
+.scroll{overflow-x:auto;margin:.8rem 0}
+table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
+td,th{padding:.22rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff}
+.sort thead th{border-bottom:2px solid #111;vertical-align:bottom;white-space:normal;min-width:4.5rem}
+.sort td:last-child:not([data-v]){text-align:left}
+.about th,.about td{text-align:left;white-space:normal;font-weight:400}
+th button{font:inherit;font-weight:600;background:none;border:0;padding:0;cursor:pointer;
+text-align:inherit;color:inherit}
+th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
+tbody tr:hover td{background:#f2f2f2}
+</style></head><body>
+BODY
+<script>
+for(const table of document.querySelectorAll("table.sort"))table.tHead.addEventListener("click",e=>{
+const th=e.target.closest("th");if(!th)return;const i=th.cellIndex,up=th.getAttribute("aria-sort")!=="ascending";
+for(const x of table.tHead.rows[0].cells)x.removeAttribute("aria-sort");
+th.setAttribute("aria-sort",up?"ascending":"descending");
+const key=r=>r.cells[i].dataset.v===undefined?NaN:Number(r.cells[i].dataset.v);
+const rows=[...table.tBodies[0].rows].sort((a,b)=>{const x=key(a),y=key(b);
+if(isNaN(x)&&isNaN(y))return(up?1:-1)*a.cells[i].textContent.localeCompare(b.cells[i].textContent);
+if(isNaN(x))return 1;if(isNaN(y))return-1;return up?x-y:y-x});
+table.tBodies[0].append(...rows)});
+</script></body></html>
+"""
+
+
+def as_markdown(title: str, parts: Sequence[Section], about: Sequence[tuple[str, str]]) -> str:
+    """The same without figures."""
+    out = [f"# {title}", ""]
+    for part in parts:
+        if not (part.tables or part.text):
+            continue
+        out += [f"## {part.title}", "", *(line for text in part.text for line in (text, ""))]
+        for table in part.tables:
+            out += [_markdown_line(table.header), "|:--" + "|--:" * (len(table.header) - 1) + "|"]
+            out += [_markdown_line([cell.text for cell in row]) for row in table.rows] + [""]
+    out += ["## Where this comes from", "", *(f"- {key}: `{value}`" for key, value in about), "", NOTES, ""]
+    return "\n".join(out)
+
+
+def _markdown_line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|").replace("*", "\\*") for text in texts) + " |"
+
+
+def results_csv(board: Board) -> str:
+    """One line a problem, row and split; numbers in full."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        (
+            "problem",
+            "num_steps",
+            "optimizer",
+            "split",
+            "status",
+            "final_mean",
+            "final_std",
+            "best_mean",
+            "hit_step",
+            "speed_up",
+            "speed_up_in_time",
+            "diverged",
+            "test_loss",
+            "test_accuracy",
+            "ms",
+            "state_bytes",
+            "chosen",
+        )  # fmt: skip
+    )
+    for problem in board.problems:
+        found = standings.scores(board, problem.name)
+        for row in board.rows[problem.name].values():
+            for split in ("validation", "train"):
+                writer.writerow(
+                    [problem.name, problem.num_steps, row.label, split, *_csv_cells(board, problem, row, found, split)]
+                )
+    return out.getvalue()
+
+
+def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, Score], split: Any) -> list[Any]:
+    score = found.get(row.label)
+    if score is None:
+        return [row.status]
+    timing = board.timing.get(problem.name, {}).get(row.optimizer, {})
+    values = [score.final[split].mean(), score.final[split].std(ddof=1) if len(score.final[split]) > 1 else math.nan]
+    values += [score.best[split].mean(), score.hit[split], score.speed_up[split], score.wall[split], score.diverged]
+    values += [row.test[name].mean() if name in row.test else math.nan for name in ("loss", "accuracy")]
+    chosen = row.chosen.get(split)
+    texts = [f"{k}={v:.6g}" for k, v in chosen["hyper"].items()] + [chosen["schedule"]] if chosen else []
+    numbers = ["" if v is None or not math.isfinite(v) else f"{v:.6g}" for v in values]
+    return [row.status, *numbers, timing.get("ms", ""), timing.get("state_bytes", ""), " ".join(texts)]
+
+
+def summary_csv(board: Board) -> str:
+    """One line an optimizer."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    totals = standings.totals(board, board.labels())
+    for at, total in enumerate(totals):
+        flat: dict[str, Any] = {}
+        for key, value in total._asdict().items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            for name, one in parts:
+                column = f"{key}_{name}".strip("_")
+                flat |= {f"{column}_low": one[0], f"{column}_high": one[1]} if isinstance(one, tuple) else {column: one}
+        if not at:
+            writer.writerow(flat)
+        writer.writerow(
+            [
+                f"{v:.6g}" if isinstance(v, float) and math.isfinite(v) else "" if isinstance(v, float) else v
+                for v in flat.values()
+            ]
+        )
+    return out.getvalue()
+
+
+def files(board: Board) -> dict[str, str]:
+    """The report's files by name."""
+    title = f"Optimizers on {board.abouts[0]['suite']}"
+    parts, about = sections(board), environment(board)
+    contents = (
+        as_html(title, parts, about),
+        as_markdown(title, parts, about),
+        results_csv(board),
+        summary_csv(board),
+    )
+    return dict(zip(FILES, contents, strict=True))

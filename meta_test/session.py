@@ -1,0 +1,228 @@
+"""Fill the cells of a suite: find what is kept, compute what is not, one file a cell, so that a stop costs one cell."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import tasks
+from meta_test import cells, tuning
+from meta_test.cells import Cell
+from meta_test.entrants import Entrant
+from meta_test.runs import Particle, begin, step
+from meta_test.suites import Problem
+from tasks.base import Task
+
+REFERENCE = "adamw"  # targets are its best losses; also tuned for shorter horizons
+PARTS = (1, 2, 3)
+ONCE = ("adamw", "hand_celo2")  # also tuned once over all problems: what one setting for everything reaches
+SEEDS = 5
+TIMED_SECONDS, TIMINGS = 0.1, 5
+
+Tell = Callable[[float, str], None]
+
+
+class Job(NamedTuple):
+    """A cell to be filled."""
+
+    cell: Cell
+    entrant: Entrant
+    updates: int
+
+
+class Store(NamedTuple):
+    """Where records are found and written."""
+
+    own: Path  # of what is not tuned, and copies of all that were used; or the cache itself
+    cache: Path  # of tuned cells that are computed
+    folders: tuple[Path, ...]  # that are searched
+
+
+def jobs(
+    problems: Sequence[Problem], entrants: Sequence[Entrant], seeds: int = SEEDS, trials: int | None = None
+) -> list[Job]:
+    """What a run consists of, problem by problem, but for "once", which needs all of them, at the end."""
+    out = []
+
+    def add(problem: Problem, entrant: Entrant, search: str, part: int = 1) -> None:
+        cell = Cell(problem, entrant.name, search, part)
+        out.append(Job(cell, entrant, tuning.updates(cell, entrant, seeds)))
+
+    for problem in problems:
+        for entrant in entrants:
+            if not entrant.tuned:
+                add(problem, entrant, "untuned")
+            elif trials:
+                add(problem, entrant, f"random-{trials}")
+            else:
+                for part in PARTS if entrant.name == REFERENCE else PARTS[:1]:
+                    add(problem, entrant, "grid", part)
+    for problem in problems if not trials else ():
+        for entrant in entrants:
+            if entrant.name in ONCE and entrant.tuned:
+                add(problem, entrant, "once")
+    return out
+
+
+def fill(todo: Sequence[Job], store: Store, seeds: int, tell: Tell, say: Callable[[str], None]) -> dict[str, int]:
+    """Fill every cell. Returns how many were kept, computed and failed.
+
+    Args:
+      todo: from `jobs`.
+      store: see `Store`.
+      seeds: of the report, 0 … seeds - 1.
+      tell: told the seconds of work done, and of what.
+      say: told what went wrong.
+    """
+    counts = {"kept": 0, "computed": 0, "failed": 0}
+    benches: dict[tuple[str, str], tuning.Bench] = {}
+    made: dict[str, Task] = {}
+    for job in todo:
+        name = job.cell.problem.name
+        if name not in made:
+            benches.clear()  # compiled programs of other problems are not needed again, but for "once"
+            jax.clear_caches()
+            made = {name: tasks.make(job.cell.problem.family, **job.cell.problem.settings)}
+        point = once(job, todo, store, seeds, made[name]) if job.cell.search == "once" else None
+        inputs = tuning.inputs(job.cell, job.entrant, made[name], seeds, point)
+        key = cells.key_of(inputs)
+        path = cells.find(store.folders, job.cell, key)
+        if path:
+            record = cells.read(path)
+            counts["kept"] += 1
+        else:
+            pair = name, job.entrant.name
+            if pair not in benches:
+                benches[pair] = tuning.Bench(job.entrant, made[name], partial(_tick, job, tell))
+            benches[pair].tick = partial(_tick, job, tell)
+            record = _compute(benches[pair], job, inputs, seeds, point)
+            counts["computed"] += 1
+            path = cells.write(store.cache if job.entrant.tuned else store.own, cells.file_of(job.cell, key), record)
+        if record["status"] != "done":
+            counts["failed"] += 1
+            say(f"{name}, {job.cell.label}: {record['status']}: {record.get('error', '')}")
+        if path.parent != store.own:
+            store.own.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, store.own / path.name)
+        tell(job_seconds(job), f"{name}, {job.cell.label}")
+    return counts
+
+
+def _tick(job: Job, tell: Tell, updates: int) -> None:
+    tell(0.0, f"{job.cell.problem.name}, {job.cell.label}")
+
+
+def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any) -> dict[str, Any]:
+    """A record. What raises is one too."""
+    cell = job.cell
+    record = {
+        "inputs": inputs,
+        "cell": [cell.problem.name, cell.optimizer, cell.search, cell.part],
+        "jax": jax.__version__,
+    }
+    if job.entrant.deterministic_only:
+        return record | {"status": "skipped", "error": "needs a loss without minibatches"}
+    try:
+        return record | tuning.tune(bench, cell, seeds, point)
+    except Exception as error:  # of a user's optimizer, or of the compiler: the other cells are worth having
+        return record | {"status": "crashed", "error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def once(job: Job, todo: Iterable[Job], store: Store, seeds: int, task: Task) -> tuning.Point | None:
+    """The point of an optimizer's grid of least mean rank over the problems, by validation loss on one seed."""
+    finals, points = [], tuning.grid(job.entrant)
+    for other in todo:
+        if (other.cell.optimizer, other.cell.search, other.cell.part) != (job.cell.optimizer, "grid", 1):
+            continue
+        found = list(store.own.glob(cells.file_of(other.cell, "*" * cells.KEY).replace("*" * cells.KEY, "*")))
+        for record in map(cells.read, found):
+            if record["inputs"]["seeds"][1] == seeds and record["inputs"]["optimizer"][1] == job.entrant.version:
+                if record["status"] == "done":
+                    finals.append(cells.array(record["finals"]["validation"])[: len(points), 0])
+                break
+    return least_mean_rank(points, np.stack(finals)) if finals else points[0]
+
+
+def least_mean_rank(points: Sequence[tuning.Point], finals: np.ndarray) -> tuning.Point:
+    """Of points with final losses [problems, P]; what is not finite ranks last."""
+    finals = np.where(np.isfinite(finals), finals, np.inf)
+    ranks = (finals[:, :, None] > finals[:, None, :]).sum(2) + 0.5 * (finals[:, :, None] == finals[:, None, :]).sum(2)
+    return points[int(np.argmin(ranks.mean(0)))]
+
+
+# Cost.
+
+# A compiled program of the sizes in the suites; an optimizer's update relative to AdamW's step of the whole task.
+COMPILE_SECONDS = 8.0
+
+
+def job_seconds(job: Job) -> float:
+    """What a cell takes on one core of the reference machine, its compilation left out."""
+    return job.updates * job.cell.problem.ms * 1e-3
+
+
+def seconds(todo: Sequence[Job]) -> float:
+    """What cells take on one core of the reference machine."""
+    programs = {(job.cell.problem.name, job.entrant.name) for job in todo}
+    return sum(map(job_seconds, todo)) + COMPILE_SECONDS * len(programs)
+
+
+# Time of an update.
+
+
+class Timing(NamedTuple):
+    """Of one run alone on one device."""
+
+    ms: float  # a step: batch, gradient and update
+    state_bytes: int  # of the optimizer's state
+    params_bytes: int
+
+
+def measure(entrant: Entrant, task: Task, num_steps: int) -> Timing:
+    """Time steps of one run at default hyper-parameters: the least of TIMINGS loops of at least TIMED_SECONDS."""
+    hyper = {name: np.float32(one.default) for name, one in entrant.space.items()}
+    hyper |= {"num_steps": np.int32(num_steps), "cosine": np.bool_(False)}
+    contender = entrant.contender
+
+    @jax.jit
+    def start(shared: Any, hyper: Any) -> Particle:
+        return begin(task, contender.make, shared, hyper, jax.numpy.int32(0))
+
+    @partial(jax.jit, donate_argnums=5)
+    def loop(data: Any, shared: Any, hyper: Any, t: Any, stop: Any, run: Particle) -> Particle:
+        one = partial(step, task, contender, data, shared, hyper, jax.numpy.int32(0))
+        return jax.lax.fori_loop(t, stop, one, run)
+
+    run, at = start(contender.shared, hyper), 0
+
+    def took(count: int) -> float:
+        nonlocal run, at
+        began = time.perf_counter()
+        run = jax.block_until_ready(loop(task.data, contender.shared, hyper, at, at + count, run))
+        at += count
+        return time.perf_counter() - began
+
+    took(1)  # compiles
+    count = int(np.clip(TIMED_SECONDS / max(took(4) / 4, 1e-6), 4, 10_000))
+    ms = 1e3 * min(took(count) for _ in range(TIMINGS)) / count
+    return Timing(ms, _bytes(run.opt_state), _bytes(run.params))
+
+
+def _bytes(tree: Any) -> int:
+    def size(x: Any) -> int:
+        wide = jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return int(wide.size * wide.dtype.itemsize)
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
