@@ -40,10 +40,59 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
     compare.add_argument("--force", action="store_true", help="replace a comparison that DIR holds")
-    commands.add_parser(
-        "list", help="print the suites and their tasks", description="Print the suites and their tasks."
+    _suite_parsers(commands)
+    listing = commands.add_parser(
+        "list", help="print the suites or the baselines", description="Print the suites and their tasks, or baselines."
     )
+    listing.add_argument("what", nargs="?", choices=("suites", "baselines"), default="suites")
     return parser
+
+
+def _suite_parsers(commands: Any) -> None:
+    """run, tune, report and sweep."""
+    run = commands.add_parser(
+        "run",
+        help="optimizers on a suite, with a report",
+        description="Run optimizers on a suite beside tuned AdamW and write a report. What was done before is found "
+        "again: an interrupted run resumes at the next cell.",
+    )
+    tune = commands.add_parser(
+        "tune",
+        help="tune baselines on a suite",
+        description="Tune baselines on every problem of a suite, into a cache.",
+    )
+    named = "lopt:NAME, names of baselines, folders of artifacts, module:function, or defaults"
+    run.add_argument("--optimizers", required=True, metavar="A,B", help=named)
+    tune.add_argument("--optimizers", default="defaults", metavar="A,B", help=f"{named} (default: %(default)s)")
+    run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    run.add_argument("--no-timing", action="store_true", help="leave out ms a step and speed-ups in time")
+    tune.add_argument("--dry-run", action="store_true", help="print what it costs and do nothing")
+    for one in (run, tune):
+        one.add_argument("--suite", default="mini", help=f"one of: {', '.join(SUITES)} (default: %(default)s)")
+        one.add_argument("--only", default="", metavar="P,Q", help="problems of the suite")
+        one.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
+        one.add_argument("--trials", type=int, choices=(1, 10, 100), help="random search instead of the grid")
+        one.add_argument("--cache", type=Path, metavar="DIR", help="of tuned cells (default: inside the package)")
+    report = commands.add_parser(
+        "report", help="the report of one or more runs", description="Write the report of one or more runs of a suite."
+    )
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="made by `lopt-eval run`")
+    report.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the first)")
+    report.add_argument("--seeds", type=int, metavar="N", help="only seeds 0 … N-1")
+    sweep = commands.add_parser(
+        "sweep",
+        help="final loss against width, depth, horizon or batch",
+        description="Final loss of a family against what is varied; baselines keep what was tuned at the first value.",
+    )
+    sweep.add_argument("--axis", required=True, choices=("width", "depth", "horizon", "batch"))
+    sweep.add_argument("--optimizers", required=True, metavar="A,B", help=named)
+    sweep.add_argument("--family", default="image_mlp", help="of tasks that has the axis (default: %(default)s)")
+    sweep.add_argument("--values", default="", metavar="V,W", help="of the axis (default: from small to large)")
+    sweep.add_argument(
+        "--steps", type=int, default=500, metavar="T", help="unless the axis is it (default: %(default)s)"
+    )
+    sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
+    sweep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(words)
     args.written = shlex.join(["lopt-eval", *words])
     if args.command == "list":
-        return _list()
+        return _list(args.what)
+    if args.command != "compare":
+        return _suite(args)
     try:
         rule, theta = _inputs(args)
     except (ValueError, OSError) as e:
@@ -64,7 +115,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _list() -> int:
+def _suite(args: argparse.Namespace) -> int:
+    """run, tune, report or sweep; the exit code."""
+    try:
+        _check_suite(args)
+        prepare_jax()
+        from meta_test import commands, sweep
+
+        return sweep.sweep(args) if args.command == "sweep" else getattr(commands, args.command)(args)
+    except (ValueError, OSError) as e:
+        return fail(e)
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes at the next cell", file=sys.stderr)
+        return 130
+
+
+def _check_suite(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can be refused before JAX starts."""
+    if args.command in ("run", "tune"):
+        _check_name(args.suite)
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"lopt-eval: --seeds, got {args.seeds}; valid: an integer >= 1.")
+    if args.command == "sweep" and args.steps < 10:
+        raise ValueError(f"lopt-eval: --steps, got {args.steps}; valid: an integer >= 10.")
+    out = getattr(args, "out", None)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"lopt-eval: --out, got {out}; valid: a folder, or a path where one can be made.")
+    if args.command != "tune" and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("lopt-eval needs matplotlib: pip install 'lopt[eval]'.")
+
+
+def _list(what: str) -> int:
+    if what == "baselines":
+        from lopt import baselines
+
+        print("\n".join(baselines.names()))
+        return 0
     for name, problems in SUITES.items():
         print(name)
         for problem in problems:
@@ -79,10 +165,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.task and args.steps < 10:
         raise ValueError(f"lopt-eval: --steps, got {args.steps}; valid: an integer >= 10.")
     args.suite = args.suite or DEFAULT
-    if args.suite not in SUITES:
-        near = difflib.get_close_matches(args.suite, SUITES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"lopt-eval: unknown suite {args.suite!r}.{hint} valid: {', '.join(SUITES)}.")
+    _check_name(args.suite)
     if args.seeds < 1:
         raise ValueError(f"lopt-eval: --seeds, got {args.seeds}; valid: an integer >= 1.")
     if args.out.exists() and not args.out.is_dir():
@@ -95,6 +178,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"lopt-eval: {args.out} already holds {', '.join(held)}; pass --force to replace, or another --out."
         )
+
+
+def _check_name(suite: str) -> None:
+    if suite not in SUITES:
+        near = difflib.get_close_matches(suite, SUITES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"lopt-eval: unknown suite {suite!r}.{hint} valid: {', '.join(SUITES)}.")
 
 
 def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -97,8 +97,9 @@ def sections(board: Board) -> list[Section]:
             "Over all tasks",
             [
                 f"Speed-up: steps in which the tuned {REFERENCE} reaches its best smoothed loss, over the steps that "
-                "another optimizer takes to reach that loss; 0 if it never does. Tuned means at a cost of dozens of runs; "
-                f"untuned rows took one. {REFERENCE} tuned for T/2 and T/3 shows what a shorter schedule alone earns. "
+                "another optimizer takes to reach that loss; 0 if it never does. Tuned means at a cost of dozens of "
+                f"runs; untuned rows took one. {REFERENCE} tuned for T/2 and T/3 shows what a shorter schedule alone "
+                "earns. "
                 "Intervals are of 95 % over seeds on these tasks. Click on a column to sort.",
             ],
             tables=[_totals([*totals, *controls[1:]])],
@@ -341,7 +342,7 @@ def results_csv(board: Board) -> str:
             "ms",
             "state_bytes",
             "chosen",
-        )  # fmt: skip
+        )
     )
     for problem in board.problems:
         found = standings.scores(board, problem.name)

@@ -72,7 +72,14 @@ def jobs(
     return out
 
 
-def fill(todo: Sequence[Job], store: Store, seeds: int, tell: Tell, say: Callable[[str], None]) -> dict[str, int]:
+def fill(
+    todo: Sequence[Job],
+    store: Store,
+    seeds: int,
+    tell: Tell,
+    say: Callable[[str], None],
+    used: list[str] | None = None,
+) -> dict[str, int]:
     """Fill every cell. Returns how many were kept, computed and failed.
 
     Args:
@@ -81,6 +88,7 @@ def fill(todo: Sequence[Job], store: Store, seeds: int, tell: Tell, say: Callabl
       seeds: of the report, 0 … seeds - 1.
       tell: told the seconds of work done, and of what.
       say: told what went wrong.
+      used: gets the name of every record.
     """
     counts = {"kept": 0, "computed": 0, "failed": 0}
     benches: dict[tuple[str, str], tuning.Bench] = {}
@@ -109,6 +117,8 @@ def fill(todo: Sequence[Job], store: Store, seeds: int, tell: Tell, say: Callabl
         if record["status"] != "done":
             counts["failed"] += 1
             say(f"{name}, {job.cell.label}: {record['status']}: {record.get('error', '')}")
+        if used is not None:
+            used.append(path.name)
         if path.parent != store.own:
             store.own.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, store.own / path.name)
@@ -222,6 +232,21 @@ def _bytes(tree: Any) -> int:
         return int(wide.size * wide.dtype.itemsize)
 
     return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def timings(problems: Sequence[Problem], entrants: Sequence[Entrant], say: Callable[[str], None]) -> dict[str, Any]:
+    """Problem -> optimizer -> `Timing`, one optimizer right after the other; who crashes has none."""
+    out: dict[str, Any] = {}
+    for problem in problems:
+        jax.clear_caches()
+        task, out[problem.name] = tasks.make(problem.family, **problem.settings), {}
+        say(f"timing {problem.name}: {len(entrants)} optimizers")
+        for entrant in entrants:
+            try:
+                out[problem.name][entrant.name] = measure(entrant, task, problem.num_steps)._asdict()
+            except Exception as error:  # it has failed in its cell too, where it is recorded
+                say(f"timing {problem.name}, {entrant.name}: {type(error).__name__}")
+    return out
 
 
 def warn(text: str) -> None:

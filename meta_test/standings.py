@@ -140,7 +140,7 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
         return [Row(label, optimizer, kind, part, record["status"], record.get("error", ""))]
     out = []
     for budget, row in record["rows"].items():
-        losses = {split: cells.array(row["losses"][split])[:seeds] for split in CURVES}
+        losses: dict[str, Any] = {split: cells.array(row["losses"][split])[:seeds] for split in CURVES}
         out.append(
             Row(
                 f"{label}, {budget}" if budget else label,

@@ -63,8 +63,9 @@ def grid(entrant: Entrant) -> list[Point]:
     else:
         name, one = next(iter(entrant.space.items()))
         axes = {name: (np.geomspace if one.log else np.linspace)(one.low, one.high, LRS).tolist()} | axes
-    values = itertools.product(entrant.schedules, *axes.values())
-    return [Point(dict(zip(axes, rest, strict=True)), schedule) for schedule, *rest in values]
+    values = itertools.product(*axes.values())
+    hypers: list[dict[str, float]] = [dict(zip(axes, one, strict=True)) for one in values]
+    return [Point(hyper, schedule) for schedule in entrant.schedules for hyper in hypers]
 
 
 def default(entrant: Entrant) -> Point:

@@ -1,0 +1,166 @@
+"""What `lopt-eval run`, `tune` and `report` do once their arguments are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lopt.console import progress, span
+from meta_test import cells, session
+from meta_test.entrants import Entrant, resolve
+from meta_test.suites import DEFAULT_BASELINES, SUITES, Problem
+
+
+def entrants(specs: str) -> list[Entrant]:
+    """Those named, each once; "defaults" are DEFAULT_BASELINES. Raises ValueError."""
+    named = [
+        name for spec in specs.split(",") if spec for name in (DEFAULT_BASELINES if spec == "defaults" else [spec])
+    ]
+    found = [resolve(name) for name in dict.fromkeys(named)]
+    seen: dict[str, str] = {}
+    for name, entrant in zip(dict.fromkeys(named), found, strict=True):
+        if seen.setdefault(entrant.name, name) != name:
+            raise ValueError(
+                f"lopt-eval: {name} and {seen[entrant.name]} are both called {entrant.name}; valid: folders whose last "
+                "two names differ."
+            )
+    return found
+
+
+def problems(args: argparse.Namespace) -> list[Problem]:
+    """Of the suite, or those of --only."""
+    suite = {problem.name: problem for problem in SUITES[args.suite]}
+    if not args.only:
+        return list(suite.values())
+    wanted = args.only.split(",")
+    unknown = [name for name in wanted if name not in suite]
+    if unknown:
+        raise ValueError(f"lopt-eval: --only, got {unknown[0]!r}; valid: {', '.join(suite)}.")
+    return [suite[name] for name in wanted]
+
+
+def cache_of(args: argparse.Namespace) -> Path:
+    """Where tuned cells are written: --cache, or inside the package if that can be written to."""
+    if args.cache is None and not cells.writable(cells.SHIPPED):
+        raise ValueError(f"lopt-eval: {cells.SHIPPED} cannot be written to; valid: --cache DIR.")
+    return (args.cache or cells.SHIPPED) / cells.folder_of(args.suite)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Fill the cache."""
+    todo = session.jobs(problems(args), entrants(args.optimizers), args.seeds, args.trials)
+    folder = cache_of(args)
+    if args.dry_run:
+        print(estimate(todo))
+        return 0
+    store = session.Store(folder, folder, (folder, *([args.cache] if args.cache else []), cells.SHIPPED))
+    counts = _fill(f"tune {args.suite}", todo, store, args.seeds)
+    print(f"{_counted(counts)}; records in {folder}")
+    return 0
+
+
+def estimate(todo: Sequence[session.Job]) -> str:
+    """What a tuning costs, problem by problem, before any of it is done."""
+    lines = []
+    for problem in dict.fromkeys(job.cell.problem.name for job in todo):
+        mine = [job for job in todo if job.cell.problem.name == problem]
+        updates = sum(job.updates for job in mine)
+        lines.append(
+            f"{problem:20} {len(mine):4} cells {updates:12,} updates {span(session.seconds(mine)):>9} of a core"
+        )
+    total = session.seconds(todo)
+    cores = os.cpu_count() or 1
+    return "\n".join(
+        [
+            *lines,
+            f"{len(todo)} cells, {span(total)} of one core of the reference machine, {span(total / 2)} on two; "
+            f"here are {cores}. Without extensions of the grid and with nothing cached.",
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the cells of a run, time the optimizers, write the report."""
+    from meta_test import standings
+    from meta_test.report import machine
+
+    wanted = entrants(args.optimizers)
+    if session.REFERENCE not in [entrant.name for entrant in wanted]:
+        wanted = [resolve(session.REFERENCE), *wanted]
+    chosen = problems(args)
+    todo = session.jobs(chosen, wanted, args.seeds, args.trials)
+    if args.trials:  # the targets are the tuned reference's
+        reference = [entrant for entrant in wanted if entrant.name == session.REFERENCE]
+        todo = [*session.jobs(chosen, reference, args.seeds), *todo]
+    version, path = cells.folder_of(args.suite), args.out / standings.ABOUT
+    if path.is_file() and json.loads(path.read_text())["suite"] != version:
+        raise ValueError(f"lopt-eval: {args.out} holds a run of another suite; valid: another --out.")
+    folder, began = cache_of(args), time.monotonic()
+    own = args.out / standings.CELLS
+    store = session.Store(own, folder, (own, *([args.cache] if args.cache else []), folder, cells.SHIPPED))
+    used: list[str] = []
+    counts = _fill(f"run {args.suite}", todo, store, args.seeds, used)
+    timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
+    about = {
+        "suite": version,
+        "seeds": args.seeds,
+        "command": args.written,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "machine": machine(),
+        "problems": {problem.name: problem._asdict() for problem in chosen},
+        "cells": sorted(used),
+        "counts": counts,
+    }
+    cells.write(args.out, standings.ABOUT, about)
+    cells.write(args.out, standings.TIMING, {"timing": timing})
+    print(_counted(counts))
+    return write_report([args.out], args.out, None)
+
+
+def report(args: argparse.Namespace) -> int:
+    """The report of one or more runs."""
+    return write_report(args.folders, args.out or args.folders[0], args.seeds)
+
+
+def write_report(folders: Sequence[Path], out: Path, seeds: int | None) -> int:
+    from meta_test import page, standings
+    from meta_test.report import write
+
+    board = standings.load(folders, seeds)
+    files = page.files(board)
+    write(out, files)
+    for total in standings.totals(board, board.labels()):
+        low, high = total.interval["validation"]
+        print(f"{total.label:32} {total.iqm['validation']:6.2f}× [{low:.2f}, {high:.2f}]  mean rank {total.rank:4.1f}")
+    print(f"IQM of the validation speed-up over tuned {session.REFERENCE}, 95 % intervals over seeds")
+    print(f"written to {out}: {', '.join(files)}")
+    return 0
+
+
+def _fill(what: str, todo: Sequence[session.Job], store: session.Store, seeds: int, used: Any = None) -> dict[str, int]:
+    total = max(int(sum(map(session.job_seconds, todo))), 1)
+    done = 0.0
+    with progress(what, total) as report:
+
+        def tell(seconds: float, note: str) -> None:
+            nonlocal done
+            done += seconds
+            report(min(int(done), total), note)
+
+        return session.fill(todo, store, seeds, tell, session.warn, used)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return f"cells: {counts['computed']} computed, {counts['kept']} found, {counts['failed']} failed or skipped"
+
+
+def _line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,161 @@
+"""Final loss against width, depth, horizon or batch size, for one family.
+
+Baselines are tuned by the grid at the first value and keep what was chosen: what the maximal-update parametrisation
+promises is that this still is good at the last (Yang et al., 2022, arXiv:2203.03466); learned optimizers are known to
+fail far from where they were trained (Metz et al., 2022, arXiv:2211.09760). Learned rules run untuned everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+import tasks
+from meta_test import drawing, metrics, tuning
+from meta_test.cells import Cell, rounded
+from meta_test.commands import entrants
+from meta_test.entrants import Entrant
+from meta_test.report import machine, write
+from meta_test.runs import eval_steps
+from meta_test.suites import DEPTH, WIDTH, Problem
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+VALUES: dict[str, tuple[int, ...]] = {
+    "width": (32, 64, 128, 256, 512),
+    "depth": (1, 2, 4, 6, 8),
+    "horizon": (250, 500, 1000, 2500, 5000),
+    "batch": (16, 32, 64, 128, 256),
+}
+FILES = ("sweep.json", "sweep.md", "sweep.csv", "sweep.svg")
+
+
+class Line(NamedTuple):
+    """An optimizer over the values of the axis."""
+
+    name: str
+    chosen: str  # in words
+    finals: Float[np.ndarray, "V S"]  # last smoothed validation loss; infinite where it diverged
+
+
+def settings_at(family: str, axis: str, value: int) -> dict[str, Any]:
+    """Settings of a family at a value of an axis, others at their defaults. Raises ValueError without such an axis."""
+    factory = tasks._factory(family)
+    valid = inspect.signature(factory).parameters
+    if axis == "horizon":
+        return {}
+    if axis == "batch" and "batch_size" in valid:
+        return {"batch_size": value}
+    if axis in ("width", "depth"):
+        if axis in valid:
+            return {axis: value}
+        for name in ("hidden", "channels"):
+            if name in valid:
+                return {name: (value,) * DEPTH if axis == "width" else (WIDTH,) * value}
+    raise ValueError(f"lopt-eval sweep: {family} has no {axis}; valid: another --family or --axis.")
+
+
+def problems(family: str, axis: str, values: Sequence[int], num_steps: int) -> list[Problem]:
+    """One a value."""
+    return [
+        Problem(
+            family,
+            settings_at(family, axis, value),
+            value if axis == "horizon" else num_steps,
+            f"{axis} {value}",
+            f"{axis}-{value}",
+        )
+        for value in values
+    ]
+
+
+def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Callable[[str], None]) -> list[Line]:
+    """Tune at the first problem, then run everywhere."""
+    made = [tasks.make(problem.family, **problem.settings) for problem in todo]
+    out = []
+    for entrant in who:
+        point = tuning.Point({}, "constant")
+        if entrant.tuned:
+            bench = tuning.Bench(entrant, made[0], lambda updates: None)
+            found = tuning.search(bench, Cell(todo[0], entrant.name, "grid", 1))
+            point = found.points[tuning.choose(found, "validation")]
+        finals = []
+        for problem, task in zip(todo, made, strict=True):
+            say(f"{entrant.name}, {problem.note}")
+            bench = tuning.Bench(entrant, task, lambda updates: None)
+            steps = eval_steps(problem.num_steps)[-metrics.WINDOW :]
+            curves = bench.run([point], range(seeds), problem.num_steps, steps, ())
+            finals.append(metrics.final(curves.losses["validation"])[0])
+        jax.clear_caches()
+        out.append(Line(entrant.name, point.describe() if entrant.tuned else "untuned", np.stack(finals)))
+    return out
+
+
+def parse(axis: str, text: str) -> tuple[int, ...]:
+    """Values of --values. Raises ValueError."""
+    if not text:
+        return VALUES[axis]
+    try:
+        values = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    least = 10 if axis == "horizon" else 1
+    if len(values) < 2 or min(values) < least or len(set(values)) < len(values):
+        raise ValueError(f"lopt-eval sweep: --values, got {text!r}; valid: 2 or more different integers >= {least}.")
+    return values
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """The command."""
+    values = parse(args.axis, args.values)
+    todo, who = problems(args.family, args.axis, values, args.steps), entrants(args.optimizers)
+    found = lines(todo, who, args.seeds, lambda text: print(text, flush=True))
+    record = {
+        "command": args.written,
+        "machine": machine(),
+        "axis": args.axis,
+        "values": values,
+        "problems": [problem._asdict() for problem in todo],
+        "lines": [{**line._asdict(), "finals": rounded(line.finals)} for line in found],
+    }
+    figure = drawing.sweep_plot(args.axis, values, {line.name: line.finals for line in found})
+    contents = (json.dumps(record, indent=1) + "\n", as_markdown(record, found), as_csv(values, found), figure)
+    write(args.out, dict(zip(FILES, contents, strict=True)))
+    print(as_markdown(record, found))
+    print(f"written to {args.out}: {', '.join(FILES)}")
+    return 0
+
+
+def _text(losses: np.ndarray) -> str:
+    return f"{losses.mean():.4g}" if np.isfinite(losses).all() else "diverged"
+
+
+def as_markdown(record: Mapping[str, Any], found: Sequence[Line]) -> str:
+    """A table of means over seeds."""
+    values, first = record["values"], record["problems"][0]
+    head = ["optimizer", *(f"{record['axis']} {value}" for value in values), f"tuned at {values[0]}"]
+    rows = [[line.name, *(_text(one) for one in line.finals), line.chosen] for line in found]
+    table = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    table.insert(1, "|:--" + "|--:" * len(values) + "|:--|")
+    title = f"Final validation loss of {first['family']} against {record['axis']}"
+    return "\n".join([f"# {title}", "", *table, "", f"Made by `{record['command']}`.", ""])
+
+
+def as_csv(values: Sequence[int], found: Sequence[Line]) -> str:
+    """One line an optimizer, value and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["optimizer", "value", "seed", "final_validation_loss"])
+    for line in found:
+        for value, losses in zip(values, line.finals, strict=True):
+            writer.writerows([line.name, value, seed, f"{loss:.6g}"] for seed, loss in enumerate(losses))
+    return out.getvalue()
