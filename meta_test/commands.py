@@ -135,9 +135,10 @@ def write_report(folders: Sequence[Path], out: Path, seeds: int | None) -> int:
     from meta_test.report import write
 
     board = standings.load(folders, seeds)
-    files = page.files(board)
+    totals = standings.totals(board, board.labels())
+    files = page.files(board, totals)
     write(out, files)
-    for total in standings.totals(board, board.labels()):
+    for total in totals:
         low, high = total.interval["validation"]
         print(f"{total.label:32} {total.iqm['validation']:6.2f}× [{low:.2f}, {high:.2f}]  mean rank {total.rank:4.1f}")
     print(f"IQM of the validation speed-up over tuned {session.REFERENCE}, 95 % intervals over seeds")
@@ -153,9 +154,11 @@ def _fill(what: str, todo: Sequence[session.Job], store: session.Store, seeds: i
         def tell(seconds: float, note: str) -> None:
             nonlocal done
             done += seconds
-            report(min(int(done), total), note)
+            report(min(int(done), total - 1), note)
 
-        return session.fill(todo, store, seeds, tell, session.warn, used)
+        counts = session.fill(todo, store, seeds, tell, session.warn, used)
+        report(total, "")
+        return counts
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -109,37 +109,45 @@ def paired_speed_ups(
     return np.array(out)
 
 
-def iqm(scores: Float[np.ndarray, "*N"]) -> float:
-    """Interquartile mean: of the middle half of all scores, those that are cut counted in part.
+def iqm(scores: Float[np.ndarray, "*B T S"]) -> Float[np.ndarray, "*B"]:
+    """Interquartile mean over tasks and seeds: of the middle half of all scores, those that are cut counted in part.
 
     With n scores a quarter of n is taken away at each end, n/4 need not be whole. Agarwal et al. (2021), §4.3.
 
-    >>> iqm(np.array([0.0, 1.0, 2.0, 100.0])), iqm(np.array([0.0, 3.0, 9.0]))
+    >>> float(iqm(np.array([[0.0, 1.0, 2.0, 100.0]]))), float(iqm(np.array([[0.0], [3.0], [9.0]])))
     (1.5, 3.5)
     """
-    flat = np.sort(scores[~np.isnan(scores)])
-    if not flat.size:
-        return float("nan")
-    n = flat.size
-    ends = np.arange(1, n + 1)
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)  # NaN last
+    n = (~np.isnan(flat)).sum(-1, keepdims=True)
+    ends = np.arange(1, flat.shape[-1] + 1)
     weights = np.clip(np.minimum(ends, 0.75 * n) - np.maximum(ends - 1, 0.25 * n), 0, 1)
-    return float(np.dot(weights, np.where(weights > 0, flat, 0)) / weights.sum())
+    total = (weights * np.where(weights > 0, flat, 0)).sum(-1)
+    return np.where(n[..., 0] > 0, total / np.maximum(weights.sum(-1), 1e-9), np.nan)
 
 
-def median_of_means(scores: Float[np.ndarray, "T S"]) -> float:
+def task_means(scores: Float[np.ndarray, "*B T S"]) -> Float[np.ndarray, "*B T"]:
+    """Means over the seeds that were scored; NaN without any."""
+    count = (~np.isnan(scores)).sum(-1)
+    return np.where(count > 0, np.nansum(scores, -1) / np.maximum(count, 1), np.nan)
+
+
+def median_of_means(scores: Float[np.ndarray, "*B T S"]) -> Float[np.ndarray, "*B"]:
     """Median over tasks of their means over seeds."""
-    kept = scores[~np.isnan(scores).all(1)]
-    return float(np.median(np.nanmean(kept, 1))) if len(kept) else float("nan")
+    means = np.sort(task_means(scores), axis=-1)  # NaN last
+    n = (~np.isnan(means)).sum(-1, keepdims=True)
+    middle = [np.take_along_axis(means, np.maximum(at, 0), -1)[..., 0] for at in ((n - 1) // 2, n // 2 - (n == 0))]
+    return np.where(n[..., 0] > 0, (middle[0] + middle[1]) / 2, np.nan)
 
 
-def mean_of(scores: Float[np.ndarray, "T S"]) -> float:
+def mean_of(scores: Float[np.ndarray, "*B T S"]) -> Float[np.ndarray, "*B"]:
     """Mean over tasks of their means over seeds."""
-    kept = scores[~np.isnan(scores).all(1)]
-    return float(np.nanmean(kept, 1).mean()) if len(kept) else float("nan")
+    means = task_means(scores)
+    n = (~np.isnan(means)).sum(-1)
+    return np.where(n > 0, np.nansum(means, -1) / np.maximum(n, 1), np.nan)
 
 
 def stratified_bootstrap(
-    statistic: Callable[[Float[np.ndarray, "T S"]], float],
+    statistic: Callable[[Float[np.ndarray, "B T S"]], Float[np.ndarray, " B"]],
     scores: Float[np.ndarray, "T S"],
     *,
     resamples: int = RESAMPLES,
@@ -153,11 +161,12 @@ def stratified_bootstrap(
     if not tasks or not seeds:
         return float("nan"), float("nan")
     draws = np.random.default_rng(seed).integers(0, seeds, (resamples, tasks, seeds))
-    found = np.array([statistic(np.take_along_axis(scores, draw, 1)) for draw in draws])
-    if np.isnan(found).all():
+    found = statistic(scores[np.arange(tasks)[:, None], draws])
+    found = found[~np.isnan(found)]
+    if not found.size:
         return float("nan"), float("nan")
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(found, [tail, 1 - tail])
+    low, high = np.quantile(found, [tail, 1 - tail])
     return float(low), float(high)
 
 

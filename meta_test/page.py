@@ -81,17 +81,17 @@ def highlighted(board: Board, totals: Sequence[Total]) -> list[str]:
     return [total.label for total in ordered[:MOST]]
 
 
-def sections(board: Board) -> list[Section]:
+def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     """The report without its form."""
     labels = board.labels()
-    totals = standings.totals(board, labels)
     if not totals:
         missing = f"No problem has a tuned {REFERENCE} that ended, so that there is nothing to measure against."
         return [Section("Nothing to compare", [missing]), *(_problem(board, p.name, []) for p in board.problems)]
     shown = highlighted(board, totals)
     difference = metrics.critical_difference(len(totals), len(board.problems))
-    parts = [label for p in board.problems for label in (f"{REFERENCE}, T/2", f"{REFERENCE}, T/3")]
-    controls = standings.totals(board, [REFERENCE, *dict.fromkeys(parts)])
+    parts = [label for p in board.problems for label in board.scores[p.name] if label.startswith(f"{REFERENCE}, T/")]
+    void = {"rank": math.nan, "rank_interval": (math.nan, math.nan)}  # ranks are among full rows
+    controls = [t._replace(**void) for t in standings.totals(board, [REFERENCE, *dict.fromkeys(parts)])]
     out = [
         Section(
             "Over all tasks",
@@ -138,7 +138,7 @@ def _totals(totals: Sequence[Total]) -> Table:
             times(t.iqm["train"], t.interval["train"]),
             times(t.wall),
             Cell(f"{100 * t.win:.0f} % [{100 * t.win_interval[0]:.0f}, {100 * t.win_interval[1]:.0f}]", t.win),
-            Cell(f"{t.rank:.1f} [{t.rank_interval[0]:.1f}, {t.rank_interval[1]:.1f}]", t.rank),
+            Cell(f"{t.rank:.1f} [{t.rank_interval[0]:.1f}, {t.rank_interval[1]:.1f}]" if t.rank > 0 else "–", t.rank),
             Cell(f"{100 * t.diverged:.0f} %", t.diverged),
             Cell(str(t.failed), t.failed),
             number(t.relative_ms),
@@ -160,7 +160,7 @@ def _budgets(board: Board) -> Table:
 
 def _problem(board: Board, name: str, shown: Sequence[str]) -> Section:
     problem = next(p for p in board.problems if p.name == name)
-    found, rows = standings.scores(board, name), board.rows[name]
+    found, rows = board.scores[name], board.rows[name]
     measured = sorted({metric for row in rows.values() for metric in row.test if metric != "loss"})
     header = [
         "optimizer", "final validation loss", "best", "final training loss", "best", "test loss",
@@ -345,7 +345,7 @@ def results_csv(board: Board) -> str:
         )
     )
     for problem in board.problems:
-        found = standings.scores(board, problem.name)
+        found = board.scores[problem.name]
         for row in board.rows[problem.name].values():
             for split in ("validation", "train"):
                 writer.writerow(
@@ -368,11 +368,10 @@ def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, 
     return [row.status, *numbers, timing.get("ms", ""), timing.get("state_bytes", ""), " ".join(texts)]
 
 
-def summary_csv(board: Board) -> str:
+def summary_csv(totals: Sequence[Total]) -> str:
     """One line an optimizer."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    totals = standings.totals(board, board.labels())
     for at, total in enumerate(totals):
         flat: dict[str, Any] = {}
         for key, value in total._asdict().items():
@@ -391,14 +390,14 @@ def summary_csv(board: Board) -> str:
     return out.getvalue()
 
 
-def files(board: Board) -> dict[str, str]:
-    """The report's files by name."""
+def files(board: Board, totals: Sequence[Total]) -> dict[str, str]:
+    """The report's files by name; totals are those of all labels."""
     title = f"Optimizers on {board.abouts[0]['suite']}"
-    parts, about = sections(board), environment(board)
+    parts, about = sections(board, totals), environment(board)
     contents = (
         as_html(title, parts, about),
         as_markdown(title, parts, about),
         results_csv(board),
-        summary_csv(board),
+        summary_csv(totals),
     )
     return dict(zip(FILES, contents, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,11 +47,12 @@ class Board(NamedTuple):
     rows: dict[str, dict[str, Row]]  # problem -> label -> row
     timing: dict[str, dict[str, Any]]  # problem -> optimizer -> Timing's fields, all of one session
     abouts: list[dict[str, Any]]  # run.json of each folder
+    scores: dict[str, dict[str, Score]]  # problem -> label -> score of rows that were run; none without a reference
 
     def labels(self) -> list[str]:
         """Full rows (neither T/2 nor a small budget), the reference first, learned rules next, then by name."""
         found = {r.label: r for rows in self.rows.values() for r in rows.values() if r.part == 1}
-        main = [row for row in found.values() if row.budget not in (TEN, ONE)]
+        main = [row for row in found.values() if row.budget not in (TEN, ONE) and row.status != "skipped"]
 
         def order(row: Row) -> Any:
             return row.label != REFERENCE, row.budget != "untuned", row.label
@@ -122,7 +122,8 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
                 scale = held[REFERENCE]["ms"] / found[REFERENCE]["ms"] if {REFERENCE} <= {*held} & {*found} else 1.0
                 for name, one in found.items():
                     held.setdefault(name, {**one, "ms": one["ms"] * scale})
-    return Board([p for name, p in problems.items() if name in rows], rows, timing, abouts)
+    found = {name: scores(held, timing.get(name, {})) for name, held in rows.items()}
+    return Board([p for name, p in problems.items() if name in rows], rows, timing, abouts, found)
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -158,9 +159,8 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
     return out
 
 
-def scores(board: Board, problem: str) -> dict[str, Score]:
+def scores(rows: Mapping[str, Row], timing: Mapping[str, Any]) -> dict[str, Score]:
     """Every row of a problem that was run; without a tuned reference there are none."""
-    rows, timing = board.rows[problem], board.timing.get(problem, {})
     reference = rows.get(REFERENCE)
     if reference is None or reference.status != "done":
         return {}
@@ -198,7 +198,7 @@ def _ms(timing: Mapping[str, Any], optimizer: str) -> float:
 
 def totals(board: Board, labels: Sequence[str]) -> list[Total]:
     """Over the problems. A problem on which an optimizer crashed counts as never reached and as the worst loss."""
-    by_problem = {p.name: scores(board, p.name) for p in board.problems}
+    by_problem = board.scores
     names = [name for name, found in by_problem.items() if found]
     if not names:
         return []
@@ -223,18 +223,18 @@ def totals(board: Board, labels: Sequence[str]) -> list[Total]:
         times = [board.timing[n] for n in names if {optimizer, REFERENCE} <= {*board.timing.get(n, {})}]
         slower = [_ms(t, optimizer) / _ms(t, REFERENCE) for t in times]
         sizes = [t[optimizer]["state_bytes"] / t[optimizer]["params_bytes"] * 4 for t in times]
-        interval = partial(metrics.stratified_bootstrap)
+        interval = metrics.stratified_bootstrap
         out.append(
             Total(
                 label,
-                iqm={split: metrics.iqm(x) for split, x in speed.items()},
+                iqm={split: float(metrics.iqm(x)) for split, x in speed.items()},
                 interval={split: interval(metrics.iqm, x) for split, x in speed.items()},
-                median={split: metrics.median_of_means(x) for split, x in speed.items()},
+                median={split: float(metrics.median_of_means(x)) for split, x in speed.items()},
                 median_interval={split: interval(metrics.median_of_means, x) for split, x in speed.items()},
-                wall=metrics.iqm(wall) if times else float("nan"),
-                win=metrics.mean_of(won),
+                wall=float(metrics.iqm(wall)) if times else float("nan"),
+                win=float(metrics.mean_of(won)),
                 win_interval=interval(metrics.mean_of, won),
-                rank=metrics.mean_of(ranks[at]),
+                rank=float(metrics.mean_of(ranks[at])),
                 rank_interval=interval(metrics.mean_of, ranks[at]),
                 diverged=float(
                     np.mean([by_problem[n][label].diverged if label in by_problem[n] else 1 for n in names])
@@ -253,10 +253,9 @@ def budgets(board: Board) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     for row in wanted.values():
         if row.budget in (TUNED, TEN, ONE):
-            found = [scores_of[row.label] for p in board.problems if row.label in (scores_of := scores(board, p.name))]
-            speed = [score.paired["validation"] for score in found]
+            speed = [found[row.label].paired["validation"] for found in board.scores.values() if row.label in found]
             if speed:
-                out.setdefault(row.optimizer, {})[row.budget] = metrics.iqm(np.stack(speed))
+                out.setdefault(row.optimizer, {})[row.budget] = float(metrics.iqm(np.stack(speed)))
     return dict(sorted(out.items()))
 
 
@@ -264,7 +263,7 @@ def profile(board: Board, labels: Sequence[str], ratios: np.ndarray) -> Float[np
     """Dolan-Moré of the steps to the reference's best validation loss."""
     hits = np.full((len(labels), len(board.problems)), np.inf)
     for column, problem in enumerate(board.problems):
-        found = scores(board, problem.name)
+        found = board.scores[problem.name]
         for at, label in enumerate(labels):
             if label in found and found[label].hit["validation"] is not None:
                 hits[at, column] = found[label].hit["validation"]

@@ -468,12 +468,6 @@ def test_list_names_every_problem(capsys):
         assert all(problem.note in said and problem.family in said for problem in problems)
 
 
-def test_every_suite_can_be_made():
-    for problems in SUITES.values():
-        for problem in problems:
-            tasks.make(problem.family, **problem.settings)
-
-
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys, meta_test.cli as c\n"

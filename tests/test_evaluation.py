@@ -1,0 +1,690 @@
+"""lopt-eval run, tune, report and sweep: who takes part, tuning, cells, standings, the report, the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lopt
+import tasks
+from lopt import rules
+from lopt.baselines.base import Baseline, Space
+from meta_test import cells, cli, commands, entrants, page, runs, session, standings, suites, sweep, tuning
+from meta_test.cells import Cell
+from meta_test.entrants import Entrant
+from meta_test.runs import CURVES, Contender, Curves
+from meta_test.suites import Problem
+from meta_test.tuning import Point
+from tasks.base import Task
+
+INF, NAN = math.inf, math.nan
+LR = Space(1e-3, 1.0, True, 0.1)
+TINY = Problem("quadratic", {"dim": 4}, 20, "tiny", "tiny")
+
+
+def entrant(**space: Space) -> Entrant:
+    return Entrant(
+        "sgd", Contender("sgd", lambda shared, *, num_steps, cosine, lr: optax.sgd(lr)), "1", space or {"lr": LR}
+    )
+
+
+def plain_sgd(num_steps):
+    """A user's optimizer."""
+    return optax.sgd(0.05)
+
+
+TUNABLE = Baseline("mine", lambda *, num_steps, schedule, lr: optax.sgd(lr), {"lr": LR})
+NOT_ONE = 3
+
+
+# Who takes part.
+
+
+def test_resolve_finds_all_kinds(tmp_path):
+    rule = rules.make("tiny")
+    folder = lopt.save(tmp_path / "mine" / "artifact", rule, rule.init_theta(jax.random.key(0)), provenance={}, card="")
+    learned, own = entrants.resolve(str(folder)), entrants.resolve("tests.test_evaluation:plain_sgd")
+    assert (learned.name, learned.tuned, own.tuned) == ("mine/artifact", False, False)
+    assert entrants.resolve("lopt:quickstart").name == "lopt:quickstart"
+    tuned = entrants.resolve("tests.test_evaluation:TUNABLE")
+    assert (tuned.name, list(tuned.space)) == ("tests.test_evaluation:TUNABLE", ["lr"])
+    adamw = entrants.resolve("adamw")
+    assert adamw.tuned
+    assert adamw.schedules == ("constant", "cosine")
+    assert entrants.resolve("schedule_free_adamw").schedules == ("constant",)
+    assert entrants.resolve("schedule_free_adamw").contender.eval_params is not None
+    other = lopt.save(tmp_path / "other" / "artifact", rule, rule.init_theta(jax.random.key(1)), provenance={}, card="")
+    assert entrants.resolve(str(other)).version != learned.version  # other weights are another optimizer
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("adamww", "Did you mean 'adamw'"),
+        ("quickstart", "valid: lopt:quickstart"),
+        ("lopt:quikstart", "quickstart"),
+        ("tests.test_evaluation:nothing", "has no function 'nothing'"),
+        ("tests.test_evaluation:NOT_ONE", "has no function 'NOT_ONE'"),
+        ("no_such_module:f", "No module named"),
+    ],
+)
+def test_resolve_refuses(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        entrants.resolve(spec)
+
+
+def linear_task() -> Task:
+    """loss = p · b from p = 1, b normal about 3 on each batch; evaluated at b = 3."""
+    return Task(
+        data=(),
+        sample=lambda key: jnp.zeros(()),
+        init=lambda key, phi: jnp.ones(()),
+        batch=lambda key, phi, data, split: 3 + jax.random.normal(key, ()),
+        loss=lambda p, key, phi, batch: p * batch,
+        eval_batches=lambda phi, data, split: jnp.full((1,), 3.0),
+    )
+
+
+def moved(contender: Contender) -> np.ndarray:
+    """Losses [S, E] at steps 0, 1, 2 of seeds 0 and 1, which are three times p."""
+    program = runs.prepare(contender, linear_task(), 2)
+    return runs.run(program, {}, np.arange(2), np.arange(3), (), lambda n: None).losses["train"]
+
+
+def test_functions_of_the_same_batch_are_given_to_who_needs_them():
+    def update(grads, state, params, *, value, **extra):
+        if "grad_fn" not in extra:
+            return -grads, state
+        # Linear: the gradient is the batch everywhere, and the loss the batch times what it is taken at.
+        assert set(extra) == {"grad_fn", "value_fn", "key"}
+        wrong = jnp.abs(extra["grad_fn"](params + 1) - grads) + jnp.abs(extra["value_fn"](params) - value)
+        return -(extra["value_fn"](jnp.ones(())) + 100 * wrong), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    needy = Contender("needy", lambda shared: tx, needs=frozenset({"grad_fn"}))
+    np.testing.assert_allclose(moved(needy), moved(Contender("plain", lambda shared: tx)), rtol=1e-5)
+
+
+def test_averages_are_what_is_evaluated():
+    tx = lambda shared: optax.sgd(0.1)  # noqa: E731
+    plain = moved(Contender("plain", tx))
+    shifted = moved(Contender("shifted", tx, eval_params=lambda state, params: params + 1))
+    np.testing.assert_allclose(shifted, plain + 3, rtol=1e-5)
+
+
+# Tuning.
+
+
+def test_the_grid_is_rates_by_schedules_by_choices():
+    points = tuning.grid(entrant(lr=LR))
+    assert len(points) == 2 * tuning.LRS == len({(p.schedule, *p.hyper.values()) for p in points})
+    lrs = [p.hyper["lr"] for p in points[: tuning.LRS]]
+    np.testing.assert_allclose(np.diff(np.log(lrs)), math.log(1000) / (tuning.LRS - 1))
+    np.testing.assert_allclose([lrs[0], lrs[-1]], [1e-3, 1.0])
+    decay = Space(0.0, 0.1, False, 0.0, (0.0, 0.01, 0.1))
+    assert len(tuning.grid(entrant(lr=LR, weight_decay=decay, b1=Space(0.5, 0.99, False, 0.9)))) == 3 * len(points)
+    assert {p.hyper["alpha"] for p in tuning.grid(entrant(alpha=Space(1, 12, False, 5)))} == set(range(1, 13))
+    for name in ("adamw", "nadamw", "sgd"):
+        assert {p.hyper["weight_decay"] for p in tuning.grid(entrants.resolve(name))} == {0.0, 0.01, 0.1}
+
+
+def test_trials_are_a_head_of_more_and_inside():
+    one = entrant(lr=LR, b=Space(0.5, 0.9, False, 0.6), c=Space(0, 2, False, 0, (0, 1, 2)))
+    many = tuning.trials(one, 100)
+    assert tuning.trials(one, 10) == many[:10]
+    lrs, bs = (np.array([p.hyper[name] for p in many]) for name in ("lr", "b"))
+    assert lrs.min() >= 1e-3
+    assert lrs.max() <= 1.0
+    assert abs(np.log10(lrs).mean() + 1.5) < 0.3  # log-uniform; uniform it would be about -0.4
+    assert abs(bs.mean() - 0.7) < 0.05
+    assert {p.hyper["c"] for p in many} == {0, 1, 2}
+    assert {p.schedule for p in many} == {"constant", "cosine"}
+
+
+class FakeBench:
+    """Final losses are a function of point and seed; counts runs."""
+
+    def __init__(self, one: Entrant, loss) -> None:
+        self.entrant, self.loss, self.ran = one, loss, []
+
+    def run(self, points, seeds, horizon, steps, exams) -> Curves:
+        self.ran += [(p.hyper["lr"], p.schedule, seed) for p in points for seed in seeds]
+        finals = np.array([[self.loss(p, seed) for seed in seeds] for p in points], float)
+        losses = {split: np.repeat(finals[:, :, None], len(steps), 2) for split in CURVES}
+        return Curves(steps, losses, {"loss": finals[:, :, None]})
+
+
+def bowl(best: float, schedule: str = "cosine"):
+    """Least at a learning rate and a schedule."""
+    return lambda p, seed: 1 + math.log(p.hyper["lr"] / best) ** 2 + (p.schedule != schedule)
+
+
+def tuned(loss, search: str = "grid") -> tuple[FakeBench, dict]:
+    bench = FakeBench(entrant(), loss)
+    return bench, tuning.tune(bench, Cell(TINY, "sgd", search, 1), 5)
+
+
+def test_tuning_finds_the_best_and_runs_it_on_other_seeds():
+    bench, record = tuned(bowl(0.0123))
+    lrs = tuning.learning_rates(bench.entrant)
+    nearest = lrs[np.abs(np.log(lrs / 0.0123)).argmin()]
+    chosen = record["rows"][""]["chosen"]["validation"]
+    np.testing.assert_allclose(chosen["hyper"]["lr"], nearest)
+    assert chosen["schedule"] == "cosine"
+    assert record["edge"] == {"train": False, "validation": False}
+    tried = [run for run in bench.ran if run[2] in tuning.TUNING_SEEDS]
+    assert len([run for run in tried if run[2] == tuning.TUNING_SEEDS[0]]) == len(set(tried[:24])) == 24
+    assert len(tried) == 24 + 2 * tuning.FINALISTS
+    assert {run[2] for run in bench.ran if run not in tried} == set(range(5))
+    assert not set(range(5)) & set(tuning.TUNING_SEEDS)
+
+
+def test_a_point_that_is_lucky_on_one_seed_is_not_chosen():
+    good = bowl(0.0123)
+    first = tuning.grid(entrant())
+
+    def lucky(p, seed):  # another point is far better on the first tuning seed, and worse on the others
+        extra = -90 if seed == tuning.TUNING_SEEDS[0] else 4
+        return good(p, seed) + extra * (p == first[8])
+
+    _, record = tuned(lucky)
+    assert record["rows"][""]["chosen"]["validation"]["schedule"] == "cosine"
+    finals = cells.array(record["finals"]["validation"])
+    assert np.nanargmin(finals[:, 0]) == 8  # who looks at one seed is taken in
+
+
+@pytest.mark.parametrize("best", [30.0, 3e-5])
+def test_the_grid_is_extended_where_its_best_is_at_the_edge(best):
+    _, record = tuned(bowl(best))
+    found = record["rows"][""]["chosen"]["validation"]["hyper"]["lr"]
+    assert abs(math.log(found / best)) <= math.log(1000) / 11 / 2 + 1e-6
+    assert not record["edge"]["validation"]
+    assert len(record["points"]) > 24
+
+
+def test_an_edge_that_is_never_left_is_flagged():
+    bench, record = tuned(lambda p, seed: 1 / p.hyper["lr"])
+    assert record["edge"] == {"train": True, "validation": True}
+    assert len(record["points"]) == 24 + 2 * tuning.EXTENSIONS * tuning.EXTENSION
+    assert tuning.beyond(tuning.grid(bench.entrant), [5], bench.entrant) == []
+    alone = FakeBench(entrant(alpha=Space(1, 12, False, 5)), None)
+    assert tuning.beyond(tuning.grid(alone.entrant), [0], alone.entrant) == []  # no learning rate, no edge
+
+
+def test_divergence_is_never_chosen_and_all_diverged_is_a_result():
+    _, record = tuned(
+        lambda p, seed: NAN if p.hyper["lr"] > 0.05 or seed == tuning.TUNING_SEEDS[1] else bowl(9)(p, seed)
+    )
+    assert record["status"] == "done"
+    _, record = tuned(lambda p, seed: NAN if p.hyper["lr"] > 0.05 else bowl(9)(p, seed))
+    assert record["rows"][""]["chosen"]["validation"]["hyper"]["lr"] < 0.05
+    _, record = tuned(lambda p, seed: NAN)
+    assert record["status"] == "done"
+    assert record["rows"][""]["losses"]["train"][0][0] is None
+
+
+def test_small_budgets():
+    _, record = tuned(bowl(0.0123))
+    assert record["rows"]["1 trial"]["chosen"]["validation"] == {"hyper": {"lr": 0.1}, "schedule": "cosine"}
+    finals, points = np.arange(24.0)[:, None], tuning.grid(entrant())
+    drawn = {tuning.ten_trials(points, finals, draw) for draw in range(200)}
+    assert 0 in drawn  # with probability 10/24
+    assert max(drawn) <= 14  # ten of 24: at least one is among the best 15
+    assert tuning.ten_trials(points, finals, 3) == tuning.ten_trials(points, finals, 3)
+    hits = [tuning.ten_trials(points, finals, draw) == 0 for draw in range(2000)]
+    np.testing.assert_allclose(np.mean(hits), 10 / 24, atol=0.04)
+    _, random = tuned(bowl(0.0123), "random-10")
+    assert len(random["points"]) == 10
+    assert list(random["rows"]) == [""]
+
+
+def test_least_mean_rank():
+    points = [Point({"lr": lr}, "cosine") for lr in (1.0, 2.0, 3.0)]
+    # Mean ranks 2, 1⅔ and 2⅓; the least mean loss would be the third's, and the last problem alone decides nothing.
+    finals = np.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [100.0, 101.0, 1.0], [NAN, 1.0, INF]])
+    assert session.least_mean_rank(points, finals[:3] * 1.0).hyper["lr"] in (1.0, 2.0, 3.0)
+    assert session.least_mean_rank(points, finals) == points[1]
+    assert finals[:3].mean(0).argmin() == 2
+
+
+# Cells.
+
+
+def inputs(**changed):
+    values = {"cell": Cell(TINY, "sgd", "grid", 1), "entrant": entrant(), "task": linear_task(), "seeds": 5} | changed
+    return tuning.inputs(*values.values())
+
+
+def test_a_key_changes_with_whatever_matters():
+    keys = {
+        cells.key_of(one)
+        for one in (
+            inputs(),
+            inputs(seeds=4),
+            inputs(cell=Cell(TINY, "sgd", "grid", 2)),
+            inputs(cell=Cell(TINY, "sgd", "random-10", 1)),
+            inputs(cell=Cell(TINY._replace(num_steps=21), "sgd", "grid", 1)),
+            inputs(cell=Cell(TINY._replace(settings={"dim": 5}), "sgd", "grid", 1)),
+            inputs(entrant=entrant()._replace(version="2")),
+            inputs(entrant=entrant()._replace(name="other")),
+            inputs(entrant=entrant()._replace(schedules=("constant",))),
+            inputs(entrant=entrant(lr=LR._replace(high=2.0))),
+            inputs(task=linear_task()._replace(version=2)),
+            inputs(task=linear_task()._replace(provenance=(tasks.Source("x", "y"),))),
+        )
+    }
+    assert len(keys) == 12
+    assert cells.key_of({"a": 1, "b": (2.0, None)}) == cells.key_of({"b": [2.0, None], "a": 1})
+    note = Cell(TINY._replace(note="other words"), "sgd", "grid", 1)
+    assert cells.key_of(inputs(cell=note)) == cells.key_of(inputs())
+
+
+def test_records_survive_and_changed_ones_are_refused(tmp_path):
+    cell, given = Cell(TINY, "a/b:c", "grid", 1), inputs()
+    key = cells.key_of(given)
+    record = {"inputs": given, "x": np.array([1.0, NAN, INF])}
+    path = cells.write(tmp_path / cells.folder_of("mini"), cells.file_of(cell, key), record)
+    assert cells.find([tmp_path], cell, key) == path
+    assert cells.find([tmp_path], cell, cells.key_of(inputs(seeds=4))) is None
+    assert cells.read(path)["x"] == [1.0, None, None]
+    assert not list(path.parent.glob(".*"))
+    path.write_text(path.read_text().replace('"seeds":[[1000', '"seeds":[[1001'))
+    with pytest.raises(ValueError, match="was changed"):
+        cells.read(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no record"):
+        cells.read(path)
+
+
+def test_rounded():
+    assert cells.rounded({"a": np.array([[1.2345678, NAN]]), "b": (INF, 3)}) == {"a": [[1.2346, None]], "b": [None, 3]}
+
+
+def fill(tmp_path, monkeypatch, tune, names=("adamw", "sgd"), problems=(TINY,)):
+    """Fill with a function in place of `tuning.tune`; returns counts, what was computed, what was said."""
+    computed, said = [], []
+
+    def counted(bench, cell, seeds, point=None):
+        computed.append((cell.problem.name, cell.label))
+        return tune(bench, cell, seeds, point)
+
+    monkeypatch.setattr(tuning, "tune", counted)
+    monkeypatch.setattr(session.jax, "clear_caches", lambda: None)
+    todo = session.jobs(problems, [entrants.resolve(name) for name in names])
+    store = session.Store(tmp_path, tmp_path, (tmp_path,))
+    counts = session.fill(todo, store, 5, lambda s, note: None, said.append)
+    return counts, computed, said
+
+
+def finals_record(bench, cell, seeds, point):
+    finals = {split: np.arange(len(tuning.grid(bench.entrant)), dtype=float)[:, None] for split in CURVES}
+    return {"status": "done", "finals": finals, "rows": {}, "point": point}
+
+
+def test_an_interrupted_session_resumes_at_the_next_cell(tmp_path, monkeypatch):
+    def interrupted(bench, cell, seeds, point):
+        if cell.part == 3:
+            raise KeyboardInterrupt
+        return finals_record(bench, cell, seeds, point)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, monkeypatch, interrupted)
+    counts, computed, _ = fill(tmp_path, monkeypatch, finals_record)
+    assert computed == [("tiny", "adamw, T/3"), ("tiny", "sgd"), ("tiny", "adamw, once")]
+    assert counts == {"kept": 2, "computed": 3, "failed": 0}
+    counts, computed, _ = fill(tmp_path, monkeypatch, finals_record)
+    assert (counts["kept"], computed) == (5, [])
+
+
+def test_a_crash_is_a_result(tmp_path, monkeypatch):
+    def crashing(bench, cell, seeds, point):
+        if cell.optimizer == "sgd":
+            raise RuntimeError("out of luck")
+        return finals_record(bench, cell, seeds, point)
+
+    counts, _, said = fill(tmp_path, monkeypatch, crashing)
+    assert counts == {"kept": 0, "computed": 5, "failed": 1}
+    assert said == ["tiny, sgd: crashed: RuntimeError: out of luck"]
+    assert fill(tmp_path, monkeypatch, finals_record)[0]["kept"] == 5  # it is not tried again
+
+
+def test_once_takes_the_rank_over_all_problems(tmp_path, monkeypatch):
+    other = TINY._replace(name="other", settings={"dim": 5})
+
+    def record(bench, cell, seeds, point):
+        count = len(tuning.grid(bench.entrant))
+        order = np.arange(count) if cell.problem.name == "tiny" else 1000.0 * np.roll(np.arange(count), 1)
+        return {"status": "done", "finals": dict.fromkeys(CURVES, order[:, None]), "rows": {}, "point": point}
+
+    fill(tmp_path, monkeypatch, record, ("adamw",), (TINY, other))
+    points = [cells.read(path)["point"] for path in tmp_path.glob("*once*")]
+    assert len(points) == 2
+    assert points[0] == points[1]
+    # Ranks 1, 2, 3 … and count, 1, 2 …: the second and the first have means 1.5 and (1 + 72) / 2.
+    assert points[0] == cells.plain(tuning.grid(entrants.resolve("adamw"))[1])
+
+
+def test_measure_counts_bytes_and_time():
+    task = tasks.make("quadratic", dim=4)
+    adam = entrant()._replace(contender=Contender("adam", lambda shared, *, num_steps, cosine, lr: optax.adam(lr)))
+    timing = session.measure(adam, task, 20)
+    assert timing.params_bytes == 16
+    assert timing.state_bytes == 2 * 16 + 4  # two moments and a count
+    assert 0 < timing.ms < 100
+
+
+# Standings.
+
+
+def curve_record(optimizer: str, curves, search="grid", part=1, problem="tiny", rows=None):
+    given = {"cell": [problem, optimizer, search, part], "curves": np.shape(curves)}
+    losses = {split: cells.rounded(np.asarray(curves, float)) for split in CURVES}
+    one = {
+        "chosen": {split: {"hyper": {"lr": 0.1}, "schedule": "cosine"} for split in CURVES},
+        "losses": losses,
+        "test": {"loss": [1.0, 2.0], "accuracy": [0.5, 0.7]},
+    }
+    return {
+        "inputs": given,
+        "cell": [problem, optimizer, search, part],
+        "status": "done",
+        "steps": list(range(0, 10 * np.shape(curves)[-1], 10)),
+        "rows": {"": one}
+        | {
+            name: {**one, "losses": {s: cells.rounded(np.asarray(c)) for s in CURVES}}
+            for name, c in (rows or {}).items()
+        },
+        "edge": {"train": False, "validation": True} if search == "grid" else {},
+    }
+
+
+def levels(*values: float) -> np.ndarray:
+    """Two seeds that stay 5 evaluations at each level."""
+    return np.repeat([values, values], 5, axis=1).astype(float)
+
+
+def make_run(folder: Path, records, timing=None, problems=(TINY,), suite="smoke-v1") -> Path:
+    names = []
+    for record in records:
+        name, optimizer, search, part = record["cell"]
+        cell = Cell(TINY._replace(name=name), optimizer, search, part)
+        names.append(cells.file_of(cell, cells.key_of(record["inputs"])))
+        cells.write(folder / standings.CELLS, names[-1], record)
+    machine = {"cpu": "c", "cores": 2, "platform": "p", "python": "3", "jax": "0", "optax": "0"}
+    about = {
+        "suite": suite,
+        "seeds": 2,
+        "command": "lopt-eval run",
+        "date": "d",
+        "wall_seconds": 1.0,
+        "machine": machine,
+    }
+    about |= {"problems": {p.name: p._asdict() for p in problems}, "cells": names, "counts": {}}
+    cells.write(folder, standings.ABOUT, about)
+    if timing:
+        cells.write(folder, standings.TIMING, {"timing": {p.name: timing for p in problems}})
+    return folder
+
+
+def timings(**ms: float):
+    return {name: {"ms": value, "state_bytes": 32, "params_bytes": 16} for name, value in ms.items()}
+
+
+CRASH = {
+    "inputs": {"cell": "crash"},
+    "cell": ["tiny", "bad", "grid", 1],
+    "status": "crashed",
+    "error": "RuntimeError: <out of luck>",
+}
+
+
+@pytest.fixture
+def board(tmp_path) -> standings.Board:
+    records = [
+        curve_record("adamw", levels(4, 2, 1), rows={"10 trials": levels(4, 2, 2), "1 trial": levels(4, 4, 4)}),
+        curve_record("adamw", levels(4, 1), part=2),
+        curve_record("mine", levels(4, 1, 0.5), search="untuned"),
+        curve_record("slow", levels(4, 3, 2)),
+        curve_record("nans", np.full((2, 15), NAN)),
+        CRASH,
+    ]
+    return standings.load([make_run(tmp_path / "a", records, timings(adamw=1.0, mine=4.0, slow=1.0, nans=1.0))])
+
+
+def test_scores_by_hand(board):
+    found = board.scores["tiny"]
+    # Smoothed, a level is reached at the third evaluation of its five: the targets 1 at step 120.
+    mine = found["mine"]
+    assert found["adamw"].hit == {"train": 120, "validation": 120}
+    assert mine.hit["validation"] == 70
+    np.testing.assert_allclose(mine.speed_up["validation"], 120 / 70)
+    np.testing.assert_allclose(mine.paired["validation"], [120 / 70] * 2)
+    np.testing.assert_allclose(mine.wall["validation"], 120 / 70 / 4)  # four times as dear a step
+    assert mine.final["validation"].tolist() == [0.5, 0.5]
+    assert (found["slow"].hit["train"], found["slow"].speed_up["train"]) == (None, 0.0)
+    assert found["nans"].diverged == 1.0
+    assert found["nans"].speed_up["validation"] == 0.0
+    assert found["adamw, T/2"].hit["validation"] == 70
+    assert "bad" not in found
+
+
+def test_totals_by_hand(board):
+    labels = board.labels()
+    assert labels == ["adamw", "mine", "bad", "nans", "slow"]
+    totals = {t.label: t for t in standings.totals(board, labels)}
+    np.testing.assert_allclose(totals["mine"].iqm["validation"], 120 / 70)
+    np.testing.assert_allclose(totals["mine"].wall, 120 / 70 / 4)
+    assert [totals[name].rank for name in ("mine", "adamw", "slow", "nans", "bad")] == [1, 2, 3, 4.5, 4.5]
+    assert (totals["mine"].win, totals["slow"].win, totals["adamw"].win) == (1.0, 0.0, 0.5)
+    # A crash counts: as never reached, as the worst loss, as diverged.
+    assert (totals["bad"].iqm["validation"], totals["bad"].failed, totals["bad"].diverged) == (0.0, 1, 1.0)
+    assert (totals["mine"].relative_ms, totals["mine"].state_bytes) == (pytest.approx(4.0), 8.0)
+    assert standings.budgets(board)["adamw"] == {"tuned": 1.0, "10 trials": 0.0, "1 trial": 0.0}
+
+
+def test_profile_by_hand(board):
+    found = standings.profile(board, ["adamw", "mine", "slow"], np.array([1.0, 1.5, 2.0]))
+    np.testing.assert_allclose(found, [[0, 0, 1], [1, 1, 1], [0, 0, 0]])
+
+
+def test_runs_are_joined(tmp_path, board):
+    again = [curve_record("adamw", levels(4, 2, 1)), curve_record("other", levels(4, 1, 1), search="untuned")]
+    second = make_run(tmp_path / "b", again, timings(adamw=2.0, other=2.0))
+    both = standings.load([tmp_path / "a", second])
+    assert {"mine", "other"} <= set(both.rows["tiny"])
+    assert both.timing["tiny"]["other"]["ms"] == 1.0  # on a machine half as fast
+    assert both.scores["tiny"]["other"].wall["validation"] == pytest.approx(120 / 70)
+    third = make_run(tmp_path / "c", [curve_record("mine", levels(4, 1, 0.7), search="untuned")])
+    assert {"mine", "mine (c)"} <= set(standings.load([tmp_path / "a", third]).rows["tiny"])
+    with pytest.raises(ValueError, match="one version of one suite"):
+        standings.load([tmp_path / "a", make_run(tmp_path / "d", again, suite="mini-v1")])
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
+        standings.load([tmp_path])
+
+
+# The report.
+
+
+class Page(HTMLParser):
+    """Ids, references and tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids, self.refers, self.open, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.refers += [value for name, value in attrs if name in ("href", "src", "xlink:href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_file_that_needs_no_network(board):
+    files = page.files(board, standings.totals(board, board.labels()))
+    found = Page(files["report.html"])
+    assert not found.open
+    assert len(found.ids) == len(set(found.ids))
+    assert all(one.startswith("#") and one[1:] in found.ids for one in found.refers)
+    assert not re.search(r"@import|fetch\(|url\((?!#)", files["report.html"])
+    assert "width=device-width" in files["report.html"]
+    for words in (
+        "mine",
+        "adamw, T/2",
+        "adamw, 10 trials",
+        "<out of luck>",
+        "1.71× (step 70)",
+        "0 (never)",
+        "lopt-eval run",
+    ):
+        assert words in found.text, words
+    assert "diverged (2 of 2)" in found.text
+    assert "at the edge of the grid" in found.text
+    assert "1.71× (step 70)" in files["report.md"]
+    rows = list(csv.DictReader(io.StringIO(files["results.csv"])))
+    mine = next(row for row in rows if (row["optimizer"], row["split"]) == ("mine", "validation"))
+    np.testing.assert_allclose(float(mine["speed_up"]), 120 / 70, rtol=1e-5)
+    assert (mine["hit_step"], mine["final_mean"], mine["test_loss"]) == ("70", "0.5", "1.5")
+    assert next(row for row in rows if row["optimizer"] == "bad")["status"] == "crashed"
+    summary = {row["label"]: row for row in csv.DictReader(io.StringIO(files["summary.csv"]))}
+    np.testing.assert_allclose(float(summary["mine"]["iqm_validation"]), 120 / 70, rtol=1e-5)
+
+
+def test_a_report_without_a_reference_says_so(tmp_path):
+    made = standings.load([make_run(tmp_path, [curve_record("mine", levels(4, 1, 0.5), search="untuned")])])
+    files = page.files(made, standings.totals(made, made.labels()))
+    assert "Nothing to compare" in files["report.html"]
+
+
+# The command line.
+
+
+def test_run_report_and_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setitem(suites.SUITES, "smoke", (TINY,))
+    monkeypatch.chdir(Path(__file__).parents[1])
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    command = ["run", "--suite", "smoke", "--optimizers", "tests.test_evaluation:plain_sgd", "--seeds", "2"]
+    command += ["--out", str(out), "--cache", str(cache)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert "cells: 5 computed, 0 found" in said.out
+    assert sorted(p.name for p in out.iterdir()) == sorted([*page.FILES, "cells", "run.json", "timing.json"])
+    assert len(list((cache / "smoke-v1").iterdir())) == 4  # AdamW's; one's own is not tuned
+    about = json.loads((out / "run.json").read_text())
+    assert (about["suite"], about["seeds"], len(about["cells"])) == ("smoke-v1", 2, 5)
+    found = standings.load([out]).scores["tiny"]
+    assert found["adamw"].speed_up["validation"] == 1.0
+    assert np.isfinite(found["tests.test_evaluation:plain_sgd"].final["validation"]).all()
+    assert np.isfinite(found["tests.test_evaluation:plain_sgd"].wall["validation"])
+    # SGD at 0.05 from what the seeds draw, by hand.
+    task = tasks.make(TINY.family, **TINY.settings)
+    one = jax.jit(lambda seed: runs.begin(task, lambda shared: optax.sgd(0.05), (), {}, seed))(0)
+    contender = Contender("x", lambda shared: optax.sgd(0.05))
+    step = jax.jit(lambda t, run: runs.step(task, contender, task.data, (), {}, jnp.asarray(0), t, run))
+    for t in range(TINY.num_steps):
+        one = step(t, one)
+    expected = runs.evaluate(task, task.data, "validation", one, metrics=False)["loss"]
+    row = standings.load([out]).rows["tiny"]["tests.test_evaluation:plain_sgd"]
+    np.testing.assert_allclose(row.losses["validation"][0, -1], expected, rtol=1e-4)
+    assert cli.main([*command, "--no-timing"]) == 0
+    assert "cells: 0 computed, 5 found" in capsys.readouterr().out
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/report.html").stat().st_size > 10_000
+
+
+def test_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(sweep, "settings_at", lambda family, axis, value: {"dim": value})
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command = ["sweep", "--axis", "width", "--family", "quadratic", "--values", "4,8", "--steps", "10", "--seeds", "2"]
+    command += ["--optimizers", "tests.test_evaluation:plain_sgd", "--out", str(tmp_path / "s")]
+    assert cli.main(command) == 0
+    assert "| tests.test_evaluation:plain_sgd |" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "s/sweep.csv").open()))
+    assert [(row["value"], row["seed"]) for row in rows] == [("4", "0"), ("4", "1"), ("8", "0"), ("8", "1")]
+    held = json.loads((tmp_path / "s/sweep.json").read_text())
+    assert held["lines"][0]["chosen"] == "untuned"
+    assert (tmp_path / "s/sweep.svg").read_text().startswith("<svg")
+
+
+def test_axes_of_a_sweep():
+    assert sweep.settings_at("image_mlp", "width", 64) == {"hidden": (64, 64)}
+    assert sweep.settings_at("image_mlp", "depth", 3) == {"hidden": (32, 32, 32)}
+    assert sweep.settings_at("vit", "width", 64) == {"width": 64}
+    assert sweep.settings_at("cnn", "batch", 8) == {"batch_size": 8}
+    assert [p.num_steps for p in sweep.problems("cnn", "horizon", (10, 20), 7)] == [10, 20]
+    assert [p.num_steps for p in sweep.problems("cnn", "batch", (10, 20), 7)] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--suite", "minni", "--optimizers", "adamw", "--out", "OUT"], "Did you mean 'mini'"),
+        (["run", "--optimizers", "adamww", "--out", "OUT"], "Did you mean 'adamw'"),
+        (["run", "--optimizers", "adamw", "--only", "nothing", "--out", "OUT"], "--only, got 'nothing'; valid: mlp"),
+        (["run", "--optimizers", "adamw", "--seeds", "0", "--out", "OUT"], "--seeds, got 0"),
+        (["run", "--optimizers", "adamw", "--trials", "7", "--out", "OUT"], "invalid choice: 7"),
+        (["run", "--optimizers", "adamw", "--out", "FILE"], "valid: a folder"),
+        (["tune", "--optimizers", "tests.test_evaluation:nothing", "--dry-run"], "has no function"),
+        (["report", "OUT"], "holds no run.json"),
+        (
+            ["sweep", "--axis", "depth", "--family", "quadratic", "--optimizers", "adamw", "--out", "OUT"],
+            "has no depth",
+        ),
+        (
+            ["sweep", "--axis", "width", "--values", "8,x", "--optimizers", "adamw", "--out", "OUT"],
+            "--values, got '8,x'",
+        ),
+        (["sweep", "--axis", "colour", "--optimizers", "adamw", "--out", "OUT"], "invalid choice: 'colour'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(session, "fill", lambda *args: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    try:
+        code = cli.main([str(places.get(a, a)) for a in arguments])
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_the_cost_of_a_tuning_is_printed_and_fits(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(session, "fill", lambda *args: pytest.fail("it ran"))
+    for suite, hours in (("mini", 2), ("heldout", 12)):
+        assert cli.main(["tune", "--suite", suite, "--dry-run"]) == 0
+        todo = session.jobs(suites.SUITES[suite], commands.entrants("defaults"))
+        # Each of twelve, AdamW for two shorter horizons, and it and the control once.
+        assert len(todo) == len(suites.SUITES[suite]) * (12 + 2 + 2)
+        assert f"{len(todo)} cells" in capsys.readouterr().out.splitlines()[-1]
+        assert session.seconds(todo) / 2 <= hours * 3600  # on two cores
+
+
+def test_updates_count_what_is_run():
+    one = FakeBench(entrant(), bowl(0.0123))
+    tuning.tune(one, Cell(TINY, "sgd", "grid", 1), 5)
+    counted = tuning.updates(Cell(TINY, "sgd", "grid", 1), entrant(), 5) / TINY.num_steps
+    assert len(one.ran) <= counted <= len(one.ran) + 3 * tuning.RUNS

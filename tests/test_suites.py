@@ -1,0 +1,188 @@
+"""Suites: how many and how hard, what they share, what they cost, and that none changes unnoticed.
+
+python -m tests.test_suites    # writes tests/fixtures/suites.json anew, after a version was raised
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import tasks
+from meta_test import suites
+from meta_test.cost import flops, run_flops
+from meta_test.suites import CAPS, DEFAULT_BASELINES, SUITES, VERSIONS, Problem
+from tasks import DEV, HELD_OUT
+from tasks.held_out import Trace, touched, trace
+
+FINGERPRINTS = Path(__file__).parent / "fixtures/suites.json"
+SLOW_LOSS = 3e7  # FLOPs of a step from which on the loss is looked at in the slow tests
+FAST = {"xla_backend_optimization_level": 0}
+JUDGING = ("mini", "heldout")
+
+
+@functools.cache
+def made(suite: str) -> dict[str, tuple[Problem, tasks.Task]]:
+    return {p.name: (p, tasks.make(p.family, **p.settings)) for p in SUITES[suite]}
+
+
+@functools.cache
+def traced(suite: str) -> dict[str, Trace]:
+    return {name: trace(task) for name, (_, task) in made(suite).items()}
+
+
+def shape_of(task: tasks.Task) -> str:
+    """Hash of the shapes and types of phi, params, batches and data, and of where the data come from."""
+    key = jax.random.key(0)
+    phi = jax.eval_shape(task.sample, key)
+    params = jax.eval_shape(task.init, key, phi)
+    batch = jax.eval_shape(lambda k, p, d: task.batch(k, p, d, "train"), key, phi, task.data)
+    shapes = [(str(path), x.shape, str(x.dtype)) for path, x in jax.tree.leaves_with_path((phi, params, batch))]
+    shapes += [(x.shape, str(x.dtype)) for x in jax.tree.leaves(task.data)]
+    words = json.dumps([shapes, [list(source) for source in task.provenance], task.version])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def loss_of(task: tasks.Task) -> float:
+    """Of one batch at init, of seed 0, to three digits."""
+
+    def first(key, data):
+        phi = task.sample(key)
+        return task.loss(task.init(key, phi), key, phi, task.batch(key, phi, data, "train"))
+
+    compiled = jax.jit(first).lower(jax.random.key(0), task.data).compile(compiler_options=FAST)
+    return float(f"{float(compiled(jax.random.key(0), task.data)):.3g}")
+
+
+@pytest.mark.parametrize("suite", ["smoke", "dev", "mini", "heldout"])
+def test_names_are_unique_and_every_task_can_be_made(suite):
+    assert len(made(suite)) == len(SUITES[suite])
+    assert all(task.family == p.family for p, task in made(suite).values())
+    assert set(VERSIONS) == set(SUITES)
+
+
+def test_counts():
+    assert len(SUITES["smoke"]) == 3
+    assert 6 <= len(SUITES["dev"]) <= 8
+    assert len(SUITES["mini"]) == 10
+    assert len(SUITES["heldout"]) >= 30
+    assert all(p in SUITES["heldout"] for p in SUITES["mini"])
+    assert sum(p.num_steps > 10_000 for p in SUITES["heldout"]) <= 4
+    assert len(DEFAULT_BASELINES) >= 12
+
+
+def test_heldout_is_wider_deeper_and_longer():
+    """Relative to width 32, depth 2, horizon 2,000 and batch 64, by the sizes of the parameters and settings."""
+    widths, depths = set(), set()
+    for p in SUITES["heldout"]:
+        hidden = p.settings.get("hidden", ())
+        widths |= {w // suites.WIDTH for w in (*hidden, p.settings.get("width", 0))}
+        depths |= {d // suites.DEPTH for d in (len(hidden), p.settings.get("depth", 0))}
+    assert {4, 8, 16} <= widths
+    assert 3 in depths
+    horizons = {p.num_steps / suites.HORIZON for p in SUITES["heldout"]}
+    assert {5, 10, 25} <= horizons
+    batches = {p.settings.get("batch_size", suites.BATCH) for p in SUITES["heldout"]}
+    assert min(batches) * 8 <= suites.BATCH
+    assert max(batches) >= 8 * suites.BATCH
+
+
+@pytest.mark.parametrize("suite", JUDGING)
+def test_every_task_to_judge_by_is_held_out(suite):
+    for name, (_, task) in made(suite).items():
+        assert touched(task, HELD_OUT), name
+
+
+def test_dev_shares_neither_data_nor_family_with_what_judges():
+    for suite in JUDGING:
+        data = {one for t in traced(suite).values() for one in t.data}
+        families = {one for t in traced(suite).values() for one in t.families}
+        for name, found in traced("dev").items():
+            assert not set(found.data) & data, name
+            assert not set(found.families) & families, name
+    assert sum(bool(touched(task, DEV)) for _, task in made("dev").values()) >= 5
+
+
+def test_six_tasks_share_neither_data_nor_family_with_any_shipped_config():
+    import importlib
+
+    data, families = set(), set()
+    for path in (Path(tasks.__file__).parents[1] / "meta_train/configs").glob("[a-z]*.py"):
+        for group in importlib.import_module(f"meta_train.configs.{path.stem}").RUN.groups:
+            found = trace(tasks.make(group.family, **group.settings))
+            data |= set(found.data)
+            families |= set(found.families)
+    assert data
+    assert families
+    new = [n for n, t in traced("heldout").items() if not set(t.data) & data and not set(t.families) & families]
+    assert len(new) >= 6
+    said = [p.name for p in SUITES["heldout"] if p.note.startswith(suites.BOTH)]
+    assert set(said) <= set(new)
+
+
+@pytest.mark.parametrize("suite", sorted(CAPS))
+def test_flops_are_under_the_cap(suite):
+    for name, (p, task) in made(suite).items():
+        assert 0 < run_flops(task, p.num_steps) <= CAPS[suite], name
+
+
+def test_flops_by_hand():
+    import jax.numpy as jnp
+
+    def f(a, b):  # a product of 2·3·4·5, and tanh of 15 numbers; three times
+        return jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(a @ b), jnp.zeros((3, 5)))
+
+    counted = flops(jax.make_jaxpr(f)(jnp.zeros((3, 4)), jnp.zeros((4, 5))).jaxpr)
+    assert 3 * (120 + 15) <= counted <= 3 * (120 + 15) + 40  # and the loop's counter, and the zeros
+
+
+def fingerprints(suite: str, slow: bool) -> dict[str, list]:
+    """Task -> shapes and, of cheap ones or of all, a loss."""
+    out = {}
+    for name, (p, task) in made(suite).items():
+        cheap = run_flops(task, 1) < SLOW_LOSS
+        out[name] = [shape_of(task), p.num_steps, loss_of(task) if cheap or slow else None]
+    return out
+
+
+def check(suite: str, slow: bool) -> None:
+    held = json.loads(FINGERPRINTS.read_text())[f"{suite}-v{VERSIONS[suite]}"]
+    found = fingerprints(suite, slow)
+    assert set(held) == set(found)
+    for name, (shape, steps, loss) in found.items():
+        message = f"{suite}/{name} has changed: raise its version in meta_test/suites.py, or that of the task"
+        assert held[name][:2] == [shape, steps], message
+        if loss is not None:
+            np.testing.assert_allclose(loss, held[name][2], rtol=5e-3, err_msg=message)
+
+
+@pytest.mark.parametrize("suite", ["smoke", "dev", "mini"])
+def test_no_task_changes_without_a_new_version(suite):
+    check(suite, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", sorted(CAPS))
+def test_no_task_changes_without_a_new_version_all(suite):
+    check(suite, slow=True)
+
+
+def test_a_changed_task_has_another_fingerprint():
+    task = made("smoke")["digits"][1]
+    assert shape_of(task) != shape_of(task._replace(version=2))
+    assert shape_of(task) != shape_of(tasks.make("image_mlp", data="digits", hidden=(17,)))
+    doubled = task._replace(loss=lambda *args: 2 * task.loss(*args))
+    assert shape_of(task) == shape_of(doubled)
+    assert loss_of(task) != loss_of(doubled)
+
+
+if __name__ == "__main__":
+    FINGERPRINTS.write_text(
+        json.dumps({f"{s}-v{VERSIONS[s]}": fingerprints(s, slow=True) for s in sorted(CAPS)}, indent=1) + "\n"
+    )
