@@ -12,7 +12,6 @@ an idle machine.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import optax
 
 import tasks
+from meta_test.cost import flops
 from tasks import Task
 
 ROOT = Path(__file__).parents[1]
@@ -59,28 +59,6 @@ def begin(task: Task, seed: int) -> tuple[Any, Any]:
     phi_key, init_key = jax.random.split(jax.random.key(seed))
     phi = jax.jit(task.sample)(phi_key)
     return phi, jax.jit(task.init)(init_key, phi)
-
-
-def flops(jaxpr: Any) -> int:
-    """Of a jaxpr; loops are counted as often as they run, of a choice the dearest branch."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [
-            p for p in jax.tree.leaves(list(equation.params.values())) if hasattr(p, "eqns") or hasattr(p, "jaxpr")
-        ]
-        counts = [flops(getattr(p, "jaxpr", p)) for p in inner]
-        outputs = sum(math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
-        match equation.primitive.name:
-            case "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                total += 2 * outputs * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            case "scan":
-                total += equation.params["length"] * sum(counts)
-            case "cond":
-                total += max(counts)
-            case _:
-                total += sum(counts) if counts else outputs
-    return total
 
 
 def curves(task: Task, rates: Any, *, steps: int = STEPS, evals: int = EVALS, seed: int = 0) -> np.ndarray:

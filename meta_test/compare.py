@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import tasks
 from lopt.base import LearnedOptimizer
 from meta_test import metrics
+from meta_test.entrants import SCHEDULES, unit_schedule
 from meta_test.runs import CURVES, Contender, Curves, Program, eval_steps, prepare, run, step_bytes
 from meta_test.suites import Problem
 from tasks.base import Split, Task
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LRS = tuple(float(lr) for lr in np.logspace(-4.0, -0.5, 12))
-SCHEDULES = ("constant", "cosine")
-WEIGHT_DECAY, WARMUP, UNTUNED_LR = 1e-4, 0.05, 1e-3
+WEIGHT_DECAY, UNTUNED_LR = 1e-4, 1e-3
 TUNED, HALF, UNTUNED = "AdamW, tuned", "AdamW, tuned for T/2", f"AdamW({UNTUNED_LR:g}), untuned"
 # For the ETA: compiling a program takes as long as updates with this many bytes of intermediates.
 COMPILE_BYTES = 1e11
@@ -78,14 +77,8 @@ class Score(NamedTuple):
 
 def adamw(shared: Any, *, lr: Any, horizon: Any, cosine: Any) -> optax.GradientTransformation:
     """AdamW at a traced learning rate, horizon and choice of schedule."""
-    warmup = jnp.ceil(WARMUP * horizon)
-
-    def schedule(count: Any) -> Any:
-        fraction = jnp.clip((count - warmup) / jnp.maximum(horizon - warmup, 1), 0, 1)
-        unit = jnp.where(count < warmup, (count + 1) / warmup, 0.5 * (1 + jnp.cos(jnp.pi * fraction)))
-        return lr * jnp.where(cosine, unit, 1.0)
-
-    return optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+    unit = unit_schedule(horizon, cosine)
+    return optax.adamw(lambda count: lr * unit(count), weight_decay=WEIGHT_DECAY)
 
 
 def compare(

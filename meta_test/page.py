@@ -359,7 +359,8 @@ def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, 
     if score is None:
         return [row.status]
     timing = board.timing.get(problem.name, {}).get(row.optimizer, {})
-    values = [score.final[split].mean(), score.final[split].std(ddof=1) if len(score.final[split]) > 1 else math.nan]
+    final = score.final[split]
+    values: list[Any] = [final.mean(), final.std(ddof=1) if len(final) > 1 and np.isfinite(final).all() else math.nan]
     values += [score.best[split].mean(), score.hit[split], score.speed_up[split], score.wall[split], score.diverged]
     values += [row.test[name].mean() if name in row.test else math.nan for name in ("loss", "accuracy")]
     chosen = row.chosen.get(split)

@@ -16,6 +16,8 @@ import optax
 
 from meta_test import compare as cmp
 from meta_test import metrics
+from meta_test.cells import plain
+from meta_test.entrants import WARMUP
 from meta_test.runs import CURVES, EVALS
 
 FORMAT = 1
@@ -73,24 +75,9 @@ def record(results: Sequence[cmp.Result], about: Mapping[str, Any]) -> dict[str,
         "window": metrics.WINDOW,
         "schedules": cmp.SCHEDULES,
         "weight_decay": cmp.WEIGHT_DECAY,
-        "warmup": cmp.WARMUP,
+        "warmup": WARMUP,
     }
     return plain({"format": FORMAT, **about, "protocol": protocol, "machine": machine(), "problems": problems})
-
-
-def plain(value: Any) -> Any:
-    """Plain JSON values of nested containers and arrays."""
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
 
 
 def number_text(values: np.ndarray, *, percent: bool = False) -> str:
@@ -160,7 +147,7 @@ def summary(results: Sequence[cmp.Result]) -> str:
 def definitions(lrs: Sequence[float]) -> str:
     """What the columns and rows mean, in Markdown."""
     grid = f"{len(lrs)} learning rates from {min(lrs):.3g} to {max(lrs):.3g}"
-    schedules = f"constant and cosine to 0 with {cmp.WARMUP:.0%} warm-up"
+    schedules = f"constant and cosine to 0 with {WARMUP:.0%} warm-up"
     return f"""\
 - The last line of a table judges the learned rule against "{cmp.TUNED}", column by column, by means over the seeds;
   `~`: not every seed agrees. `*`: the best mean of the column. `diverged`: a loss was not finite.

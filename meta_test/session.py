@@ -99,8 +99,10 @@ def fill(
             benches.clear()  # compiled programs of other problems are not needed again, but for "once"
             jax.clear_caches()
             made = {name: tasks.make(job.cell.problem.family, **job.cell.problem.settings)}
-        point = once(job, todo, store, seeds, made[name]) if job.cell.search == "once" else None
-        inputs = tuning.inputs(job.cell, job.entrant, made[name], seeds, point)
+        # Tuned cells always have SEEDS seeds, so that those that ship serve who asks for fewer, who is shown fewer.
+        kept = max(seeds, SEEDS) if job.entrant.tuned else seeds
+        point = once(job, todo, store, kept) if job.cell.search == "once" else None
+        inputs = tuning.inputs(job.cell, job.entrant, made[name], kept, point)
         key = cells.key_of(inputs)
         path = cells.find(store.folders, job.cell, key)
         if path:
@@ -111,7 +113,7 @@ def fill(
             if pair not in benches:
                 benches[pair] = tuning.Bench(job.entrant, made[name], partial(_tick, job, tell))
             benches[pair].tick = partial(_tick, job, tell)
-            record = _compute(benches[pair], job, inputs, seeds, point)
+            record = _compute(benches[pair], job, inputs, kept, point)
             counts["computed"] += 1
             path = cells.write(store.cache if job.entrant.tuned else store.own, cells.file_of(job.cell, key), record)
         if record["status"] != "done":
@@ -146,18 +148,18 @@ def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any)
         return record | {"status": "crashed", "error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def once(job: Job, todo: Iterable[Job], store: Store, seeds: int, task: Task) -> tuning.Point | None:
+def once(job: Job, todo: Iterable[Job], store: Store, seeds: int) -> tuning.Point:
     """The point of an optimizer's grid of least mean rank over the problems, by validation loss on one seed."""
     finals, points = [], tuning.grid(job.entrant)
     for other in todo:
         if (other.cell.optimizer, other.cell.search, other.cell.part) != (job.cell.optimizer, "grid", 1):
             continue
-        found = list(store.own.glob(cells.file_of(other.cell, "*" * cells.KEY).replace("*" * cells.KEY, "*")))
-        for record in map(cells.read, found):
-            if record["inputs"]["seeds"][1] == seeds and record["inputs"]["optimizer"][1] == job.entrant.version:
-                if record["status"] == "done":
-                    finals.append(cells.array(record["finals"]["validation"])[: len(points), 0])
-                break
+        task = tasks.make(other.cell.problem.family, **other.cell.problem.settings)
+        key = cells.key_of(tuning.inputs(other.cell, other.entrant, task, seeds, None))
+        path = cells.find((store.own,), other.cell, key)
+        record = cells.read(path) if path else {"status": "missing"}
+        if record["status"] == "done":
+            finals.append(cells.array(record["finals"]["validation"])[: len(points), 0])
     return least_mean_rank(points, np.stack(finals)) if finals else points[0]
 
 

@@ -195,7 +195,7 @@ def test_a_point_that_is_lucky_on_one_seed_is_not_chosen():
     first = tuning.grid(entrant())
 
     def lucky(p, seed):  # another point is far better on the first tuning seed, and worse on the others
-        extra = -90 if seed == tuning.TUNING_SEEDS[0] else 4
+        extra = -6 if seed == tuning.TUNING_SEEDS[0] else 6
         return good(p, seed) + extra * (p == first[8])
 
     _, record = tuned(lucky)
@@ -618,7 +618,7 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     command += ["--optimizers", "tests.test_evaluation:plain_sgd", "--out", str(tmp_path / "s")]
     assert cli.main(command) == 0
     assert "| tests.test_evaluation:plain_sgd |" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "s/sweep.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "s/sweep.csv").read_text().splitlines()))
     assert [(row["value"], row["seed"]) for row in rows] == [("4", "0"), ("4", "1"), ("8", "0"), ("8", "1")]
     held = json.loads((tmp_path / "s/sweep.json").read_text())
     assert held["lines"][0]["chosen"] == "untuned"
