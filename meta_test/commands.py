@@ -81,7 +81,7 @@ def estimate(todo: Sequence[session.Job]) -> str:
         [
             *lines,
             f"{len(todo)} cells, {span(total)} of one core of the reference machine, {span(total / 2)} on two; "
-            f"here are {cores}. Without extensions of the grid and with nothing cached.",
+            f"here are {cores}. As if every update cost AdamW's, without extensions of the grid, nothing cached.",
         ]
     )
 

@@ -94,6 +94,8 @@ class Total(NamedTuple):
 def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
     """Read runs. Records of the same optimizer in several folders must agree, or stand side by side under two labels.
 
+    Of runs with different numbers of seeds the seeds that all have are kept.
+
     Raises ValueError for a folder that is no run, and for runs of different suites.
     """
     abouts, rows, timing, problems = [], {}, {}, {}
@@ -107,10 +109,12 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
                 f"lopt-eval report: {folder} is of {about['suite']}, {folders[0]} of {abouts[0]['suite']}; valid: "
                 "runs of one version of one suite."
             )
+    kept = min([*([seeds] if seeds else []), *(about["seeds"] for about in abouts)])
+    for folder, about in zip(folders, abouts, strict=True):
         problems |= {name: Problem(**fields) for name, fields in about["problems"].items()}
         records = {key: cells.read(folder / CELLS / key) for key in about["cells"] if (folder / CELLS / key).is_file()}
         for record in records.values():
-            for row in rows_of(record, problems, seeds or about["seeds"]):
+            for row in rows_of(record, problems, kept):
                 held = rows.setdefault(record["cell"][0], {})
                 if row.label in held and not _same(held[row.label], row):
                     row = row._replace(label=f"{row.label} ({folder.name})")

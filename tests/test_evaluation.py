@@ -505,6 +505,8 @@ def test_runs_are_joined(tmp_path, board):
     assert {"mine", "other"} <= set(both.rows["tiny"])
     assert both.timing["tiny"]["other"]["ms"] == 1.0  # on a machine half as fast
     assert both.scores["tiny"]["other"].wall["validation"] == pytest.approx(120 / 70)
+    assert len(standings.load([tmp_path / "a"], seeds=1).scores["tiny"]["mine"].final["train"]) == 1
+    assert len(standings.load([tmp_path / "a"], seeds=9).scores["tiny"]["mine"].final["train"]) == 2
     third = make_run(tmp_path / "c", [curve_record("mine", levels(4, 1, 0.7), search="untuned")])
     assert {"mine", "mine (c)"} <= set(standings.load([tmp_path / "a", third]).rows["tiny"])
     with pytest.raises(ValueError, match="one version of one suite"):
