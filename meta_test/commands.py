@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
     about = {
         "suite": version,
+        "suite_size": len(SUITES[args.suite]),
         "seeds": args.seeds,
         "command": args.written,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

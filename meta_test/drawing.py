@@ -51,7 +51,8 @@ def svg(figure: Any, title: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{slug}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{slug}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{slug}-\1)", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a point is enough
+    # A hundredth of a point is enough, of places and not of what is written.
+    text = re.sub(r' (d|x|y|points)="[^"]*"', lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m.group()), text)
     text = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 

@@ -96,13 +96,14 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
         Section(
             "Over all tasks",
             [
+                f"{len(board.problems)} of the suite's {board.abouts[0]['suite_size']} tasks.",
                 f"Speed-up: steps in which the tuned {REFERENCE} reaches its best smoothed loss, over the steps that "
                 "another optimizer takes to reach that loss; 0 if it never does. Tuned means at a cost of dozens of "
                 f"runs; untuned rows took one. {REFERENCE} tuned for T/2 and T/3 shows what a shorter schedule alone "
                 "earns. "
                 "Intervals are of 95 % over seeds on these tasks. Click on a column to sort.",
             ],
-            tables=[_totals([*totals, *controls[1:]])],
+            tables=[_totals([*sorted(totals, key=lambda t: t.rank), *controls[1:]])],
         ),
         Section("Speed-up", [], [drawing.bars([*totals, *controls[1:]])], [_budgets(board)]),
         Section(

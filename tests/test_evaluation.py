@@ -20,7 +20,7 @@ import lopt
 import tasks
 from lopt import rules
 from lopt.baselines.base import Baseline, Space
-from meta_test import cells, cli, commands, entrants, page, runs, session, standings, suites, sweep, tuning
+from meta_test import cells, cli, commands, drawing, entrants, page, runs, session, standings, suites, sweep, tuning
 from meta_test.cells import Cell
 from meta_test.entrants import Entrant
 from meta_test.runs import CURVES, Contender, Curves
@@ -424,6 +424,7 @@ def make_run(folder: Path, records, timing=None, problems=(TINY,), suite="smoke-
     machine = {"cpu": "c", "cores": 2, "platform": "p", "python": "3", "jax": "0", "optax": "0"}
     about = {
         "suite": suite,
+        "suite_size": 3,
         "seeds": 2,
         "command": "lopt-eval run",
         "date": "d",
@@ -548,6 +549,7 @@ def test_the_report_is_one_file_that_needs_no_network(board):
     assert not re.search(r"@import|fetch\(|url\((?!#)", files["report.html"])
     assert "width=device-width" in files["report.html"]
     for words in (
+        "1 of the suite's 3 tasks",
         "mine",
         "adamw, T/2",
         "adamw, 10 trials",
@@ -567,6 +569,16 @@ def test_the_report_is_one_file_that_needs_no_network(board):
     assert next(row for row in rows if row["optimizer"] == "bad")["status"] == "crashed"
     summary = {row["label"]: row for row in csv.DictReader(io.StringIO(files["summary.csv"]))}
     np.testing.assert_allclose(float(summary["mine"]["iqm_validation"]), 120 / 70, rtol=1e-5)
+
+
+def test_svg_shortens_places_and_not_what_is_written():
+    figure = drawing._figure(2, 2)
+    figure.subplots().plot([0, 1 / 3], [0, 2 / 3], label="0.00123")
+    figure.legend()
+    text = drawing.svg(figure, "a title")
+    assert "0.00123" in text
+    assert not re.search(r' d="[^"]*\.\d{3}', text)
+    assert 'aria-label="a title"' in text
 
 
 def test_a_report_without_a_reference_says_so(tmp_path):
