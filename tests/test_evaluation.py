@@ -375,6 +375,16 @@ def test_once_takes_the_rank_over_all_problems(tmp_path, monkeypatch):
     assert points[0] == cells.plain(tuning.grid(entrants.resolve("adamw"))[1])
 
 
+def test_what_a_run_consists_of():
+    who = [entrants.resolve(name) for name in ("adamw", "muon", "tests.test_evaluation:plain_sgd")]
+    labels = [job.cell.label for job in session.jobs([TINY], who)]
+    own = "tests.test_evaluation:plain_sgd"
+    assert labels == ["adamw", "adamw, T/2", "adamw, T/3", "muon", own, "adamw, once"]
+    labels = [job.cell.label for job in session.jobs([TINY], who, trials=10)]
+    assert labels == ["adamw, random-10", "muon, random-10", own]
+    assert [job.cell.horizon for job in session.jobs([TINY], who)] == [20, 10, 6, 20, 20, 20]
+
+
 def test_measure_counts_bytes_and_time():
     task = tasks.make("quadratic", dim=4)
     adam = entrant()._replace(contender=Contender("adam", lambda shared, *, num_steps, cosine, lr: optax.adam(lr)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 
 import numpy as np
@@ -136,3 +138,10 @@ def test_critical_difference():
 def test_divergence_rate():
     curves = np.array([[1.0, 2.0, 3.0], [1.0, NAN, 3.0], [1.0, 2.0, INF], [1e30, 1.0, 1.0]])
     assert metrics.divergence_rate(curves) == 0.5  # of runs, whenever; of losses it would be 1 in 6
+
+
+@pytest.mark.parametrize("module", ["metrics", "cells", "tuning", "runs"])
+def test_doctests(module):
+    found = doctest.testmod(importlib.import_module(f"meta_test.{module}"))
+    assert found.attempted > 0
+    assert found.failed == 0
