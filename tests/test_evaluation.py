@@ -311,6 +311,25 @@ def test_rounded():
     assert cells.rounded({"a": np.array([[1.2345678, NAN]]), "b": (INF, 3)}) == {"a": [[1.2346, None]], "b": [None, 3]}
 
 
+def test_records_that_ship_are_of_what_is_here():
+    """A key that nobody asks for any more is dead weight: tune again, or remove it."""
+    paths = sorted(cells.SHIPPED.glob("*/*.json"))
+    assert paths
+    assert sum(path.stat().st_size for path in paths) < 8e6
+    made = {}
+    for path in paths:
+        record, suite = cells.read(path), path.parent.name.rsplit("-v", 1)[0]
+        assert path.parent.name == cells.folder_of(suite)
+        name, optimizer, search, part = record["cell"]
+        problem = next(p for p in suites.SUITES[suite] if p.name == name)
+        if name not in made:
+            made[name] = tasks.make(problem.family, **problem.settings)
+        point = record["inputs"]["search"][2]
+        cell = Cell(problem, optimizer, search, part)
+        now = tuning.inputs(cell, entrants.resolve(optimizer), made[name], session.SEEDS, point)
+        assert path.name == cells.file_of(cell, cells.key_of(now)), path
+
+
 def fill(tmp_path, monkeypatch, tune, names=("adamw", "sgd"), problems=(TINY,)):
     """Fill with a function in place of `tuning.tune`; returns counts, what was computed, what was said."""
     computed, said = [], []
