@@ -198,8 +198,10 @@ def rank_plot(totals: Sequence[Total], difference: float) -> str:
     return svg(figure, "mean ranks")
 
 
-def sweep_plot(axis_name: str, values: Sequence[float], finals: Mapping[str, np.ndarray], log_loss: bool = True) -> str:
+def sweep_plot(axis_name: str, values: Sequence[float], finals: Mapping[str, np.ndarray]) -> str:
     """Final validation loss [values, seeds] of each optimizer against what is varied."""
+    from matplotlib.ticker import NullLocator
+
     figure = _figure(7.2, 4.4)
     axis = figure.subplots()
     for number, (label, losses) in enumerate(finals.items()):
@@ -207,11 +209,13 @@ def sweep_plot(axis_name: str, values: Sequence[float], finals: Mapping[str, np.
         axis.plot(values, drawn.mean(1), label=label, markersize=5, **style)
         axis.fill_between(values, drawn.min(1), drawn.max(1), color=style["color"], alpha=0.12, linewidth=0)
     axis.set_xscale("log", base=2)
-    if log_loss:
-        axis.set_yscale("log")
+    axis.set_yscale("log")
     axis.set_xticks(values, [f"{v:g}" for v in values], fontsize=8)
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(lambda x, position: f"{x:g}")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_formatter(lambda x, position: f"{x:g}" if high < 50 * low else "")
+    axis.tick_params(which="both", labelsize=8)
     axis.set_xlabel(axis_name, fontsize=9)
     axis.set_ylabel("final validation loss", fontsize=9)
     axis.grid(True, linewidth=0.4, alpha=0.5)
