@@ -81,6 +81,13 @@ MS = {
     "cancer": 0.0273,
     "cancer-3x64": 0.101,
     "wine-128": 0.0477,
+    "diabetes": 0.00981,
+    "diabetes-huber": 0.0326,
+    "logistic": 0.00517,
+    "factors": 0.0039,
+    "burgers": 0.134,
+    "quadratic": 0.000582,
+    "cnn-mnist5k": 1.27,
     "cnn-12k": 0.0425,
 }
 

@@ -75,6 +75,7 @@ def test_counts():
     assert all(p in SUITES["heldout"] for p in SUITES["mini"])
     assert sum(p.num_steps > 10_000 for p in SUITES["heldout"]) <= 4
     assert len(DEFAULT_BASELINES) >= 12
+    assert {p.name for problems in SUITES.values() for p in problems} == set(suites.MS)  # what a step costs is known
 
 
 def test_heldout_is_wider_deeper_and_longer():
