@@ -81,6 +81,7 @@ MS = {
     "cancer": 0.0273,
     "cancer-3x64": 0.101,
     "wine-128": 0.0477,
+    "digits": 0.0268,
     "diabetes": 0.00981,
     "diabetes-huber": 0.0326,
     "logistic": 0.00517,
