@@ -177,7 +177,7 @@ def performance_profile(hits: Float[np.ndarray, "O T"], ratios: Float[np.ndarray
       hits: steps to the target; infinite where never. Tasks that nobody solves count for all as unsolved.
       ratios: ≥ 1.
 
-    Source: Dolan & Moré (2002), "Benchmarking optimization software with performance profiles", equation (2.1).
+    Source: Dolan & Moré (2002), "Benchmarking optimization software with performance profiles", section 2.
     """
     hits = np.where(np.isfinite(hits), np.maximum(hits, 1), np.inf)
     best = hits.min(axis=0)
@@ -209,7 +209,7 @@ NEMENYI = (
 def critical_difference(optimizers: int, tasks: int) -> float:
     """Mean ranks that differ by less are not told apart by Nemenyi's test at 5 %; NaN for more optimizers than tabled.
 
-    q √(k (k + 1) / 6 N). Demšar (2006), "Statistical comparisons of classifiers over multiple data sets", §3.2.2.
+    q √(k (k + 1) / 6 N). Demšar (2006), "Statistical comparisons of classifiers over multiple data sets", §3.2.
     """
     if not 2 <= optimizers < 2 + len(NEMENYI) or tasks < 1:
         return float("nan")

@@ -128,7 +128,7 @@ def test_ranks():
 
 
 def test_critical_difference():
-    # Demšar (2006), §3.2.2: four classifiers on 14 data sets, 2.569 √(4·5 / (6·14)) = 1.25.
+    # Demšar (2006), §3.2: four classifiers on 14 data sets, 2.569 √(4·5 / (6·14)) = 1.25.
     assert round(metrics.critical_difference(4, 14), 2) == 1.25
     assert metrics.critical_difference(4, 56) == pytest.approx(metrics.critical_difference(4, 14) / 2)
     assert math.isnan(metrics.critical_difference(1, 10))
