@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lopt.console import compiler_options
 from tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def prepare(contender: Contender, task: Task, most: int) -> Program:
     def over_runs(function: Callable[..., Any], *in_specs: PartitionSpec, **kwargs: Any) -> Any:
         """Jit a function of one run for chunks of runs; the arguments that have the runs' leading axis are `spread`."""
         each = jax.vmap(function, in_axes=tuple(0 if spec == spread else None for spec in in_specs))
-        return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=spread, check_vma=False), **kwargs)
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=spread, check_vma=False)
+        return jax.jit(mapped, compiler_options=compiler_options(), **kwargs)
 
     def advance(data: Any, shared: Any, t: Array, stop: Array, hyper: Any, seed: Array, run: Particle):
         one = partial(step, task, contender, data, shared, hyper, seed)
