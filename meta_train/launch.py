@@ -29,8 +29,10 @@ from meta_train import config as cfg
 from meta_train.estimators import WHOLE_EPISODES
 
 T = TypeVar("T")
+DEFAULT = "quickstart"  # config of `lopt-train --task ...`
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
+       lopt-train --task package.module:function ...  the same with a task of one's own, by the quickstart's recipe
        lopt-train resume DIR                          go on after an interruption
        lopt-train export DIR [--to DIR] [--last]      write the artifact of the newest checkpoint: the best theta
                                                       where there is meta-validation, or the last one
@@ -94,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
             return resume(_cli(Resume, args[1:], "lopt-train resume"))
         elif command == "export":
             return export(_cli(Export, args[1:], "lopt-train export"))
+        elif command.partition("=")[0] == "--task":  # a task of one's own needs no config: the rest is the quickstart's
+            return start(DEFAULT, args)
         else:
             return start(command, args[1:])
     except ValueError as e:

@@ -90,6 +90,7 @@ def make(family: str, **settings) -> Task:
     factory = _factory(family)
     settings = pin(family, settings)
     wrappers = settings.pop("augment", ())
+    _complete(family, factory, settings)
     task = factory(**settings)
     if ":" in family:
         if not isinstance(task, Task):
@@ -106,6 +107,19 @@ def make(family: str, **settings) -> Task:
     return task._replace(family=task.family or family)
 
 
+def _complete(family: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if an argument without a default is not among the settings."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(factory).parameters.values()
+    missing = [p.name for p in parameters if p.kind in named and p.default is p.empty and p.name not in settings]
+    if missing:
+        raise ValueError(
+            f"tasks.make: {family} needs {', '.join(missing)}, got {', '.join(settings) or 'no settings'}; valid: a "
+            f"value for each, e.g. tasks.make({family!r}, {missing[0]}=...) or --groups.0.settings "
+            f"'{{\"{missing[0]}\": ...}}'."
+        )
+
+
 def _window(names: Any, index: int) -> Any:
     """The names of window number `index`; sets that are not fed in windows stay."""
     if isinstance(names, str):
@@ -116,7 +130,8 @@ def _window(names: Any, index: int) -> Any:
 def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that build the same task wherever they are read: `source` has gone into the names of `data`.
 
-    "auto" is replaced by what it serves here and now; data sets of TFDS get their version and sha256.
+    "auto" is replaced by what it serves here and now; data sets of TFDS get their version and sha256. The settings of a
+    family that another one wraps (`es`) are pinned too; what a user's factory calls by itself is not seen.
     """
     parameters = inspect.signature(_factory(family)).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -141,6 +156,9 @@ def pin(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if source is not None or any(isinstance(name, str) and name.startswith(PREFIX) for name in several):
             served = [resolve(name, source or "embedded") for name in several]
             settings["data"] = served[0] if isinstance(names, str) else served
+    # A family that is made of another names it so.
+    if {"task", "settings"} <= set(parameters) and isinstance(settings.get("settings"), Mapping):
+        settings["settings"] = pin(settings.get("task", parameters["task"].default), settings["settings"])
     return settings
 
 
@@ -178,7 +196,9 @@ def _own(spec: str) -> Callable[..., Any]:
 def sample_settings(family: str, seed: int) -> dict[str, Any]:
     """Settings of a family (depth, width, activation, init scale, batch size, loss, data set …) drawn by a seed.
 
-    Drawn on the host, since they change shapes; from the family's `SPACE`, which names no data that is held out.
+    Drawn on the host, since they change shapes; from the family's `SPACE`, which names no data that is held out but may
+    name data of DEV, on which nothing shipped is meta-trained: fix `data` for that, as in
+    `sample_family("tabular_regression", seed, data="wine")`.
 
     Raises ValueError for an unknown family, one without a `SPACE`, and a seed that is not a natural number.
     """

@@ -135,11 +135,13 @@ def normalise_gradient(task: Task, *, level: str = "global") -> Task:
 def reduce_batch(task: Task, *, rows: int = 8) -> Task:
     """Training batches of the first `rows` rows; validation and test batches stay whole.
 
-    Raises ValueError where not all arrays of a batch have the same, larger leading axis.
+    Raises ValueError where not all arrays of a batch have the same, larger leading axis, or where the loss does not
+    take fewer: the noise of a quadratic has coordinates, not rows.
     """
-    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(_batch_shapes(task))}
+    phi, params, whole = _shapes(task)
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(whole)}
     largest = next(iter(leading))[0] if len(leading) == 1 and leading != {()} else 0
-    if not largest:
+    if not largest or not _takes(task, params, phi, whole, largest - 1 if largest > 2 else 1):
         raise ValueError(f"tasks.augment.reduce_batch: task, got {task.name}; valid: tasks whose batches have rows.")
     if not isinstance(rows, int) or not 1 <= rows <= largest:
         raise ValueError(f"tasks.augment.reduce_batch: rows, got {rows}; valid: 1 to {largest}, the task's batch.")
@@ -157,11 +159,13 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
     Which ones, and what they have, follows from what phi drew and from the example itself. The training loss of an
     evaluation is that on these labels too; validation and test are left alone.
 
-    Raises ValueError where data and batches have no integer field `y`.
+    Raises ValueError where data and batches have no integer field `y`, or where the loss does not look at it.
     """
     _between("noise_labels", "share", share, 0.0, 1.0)
-    labels = getattr(_batch_shapes(task), "y", None)
-    if labels is None or not jnp.issubdtype(labels.dtype, jnp.integer) or not hasattr(task.data, "y"):
+    phi, params, whole = _shapes(task)
+    labels = getattr(whole, "y", None)
+    integers = labels is not None and jnp.issubdtype(labels.dtype, jnp.integer) and hasattr(task.data, "y")
+    if not integers or not _uses_labels(task, params, phi, whole):
         raise ValueError(f"tasks.augment.noise_labels: task, got {task.name}; valid: tasks with classes y.")
     classes = int(jnp.max(task.data.y)) + 1
 
@@ -331,11 +335,33 @@ def _gradient(task: Task) -> Callable[..., tuple[Array, Any]]:
     return task.value_and_grad or jax.value_and_grad(task.loss)
 
 
-def _batch_shapes(task: Task) -> Any:
-    def one(key: PRNGKeyArray, data: Any) -> Any:
-        return task.batch(key, task.sample(key), data, "train")
+def _shapes(task: Task) -> tuple[Any, Any, Any]:
+    """Of phi, params and a training batch."""
+
+    def one(key: PRNGKeyArray, data: Any) -> tuple[Any, Any, Any]:
+        phi = task.sample(key)
+        return phi, task.init(key, phi), task.batch(key, phi, data, "train")
 
     return jax.eval_shape(one, jax.random.key(0), task.data)
+
+
+def _takes(task: Task, params: Any, phi: Any, batch: Any, rows: int) -> bool:
+    """Whether the loss of another number of rows is a scalar too."""
+    fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    try:
+        return jax.eval_shape(task.loss, params, jax.random.key(0), phi, fewer).shape == ()
+    except (TypeError, ValueError):  # of shapes that do not fit
+        return False
+
+
+def _uses_labels(task: Task, params: Any, phi: Any, batch: Any) -> bool:
+    """Whether an operation of the loss has `y` as its operand."""
+
+    def loss(y: Any, params: Any, phi: Any, batch: Any) -> Any:
+        return task.loss(params, jax.random.key(0), phi, batch._replace(y=y))
+
+    traced = jax.make_jaxpr(loss)(batch.y, params, phi, batch).jaxpr
+    return any(operand is traced.invars[0] for equation in traced.eqns for operand in equation.invars)
 
 
 def _log_uniform(key: PRNGKeyArray, shape: tuple[int, ...], decades: float) -> Array:

@@ -71,15 +71,20 @@ def _phrases(task: Task) -> Iterator[str]:
     yield from _params(params)
     batches = {split: _shapes("batch", task.batch, key, phi, task.data, split) for split in SPLITS}
     for split in SPLITS[1:]:
-        if _layout(batches[split]) != _layout(batches["train"]):
+        if _layout(_rows(batches[split])) != _layout(_rows(batches["train"])):
             wanted = _layout(batches["train"])
-            yield f"batch: the {split} split has {_layout(batches[split])}; valid: {wanted}, as train"
+            yield f"batch: the {split} split has {_layout(batches[split])}; valid: rows of {wanted}, as train"
     loss = _shapes("loss", task.loss, params, key, phi, batches["train"])
     if not _is_scalar(loss):
         yield f"loss has {_layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
         return
     yield from _optional(task, params, key, phi, batches["train"])
     yield from _values(task)
+
+
+def _rows(batch: Any) -> Any:
+    """Of a batch what its loss may not be without: all but how many rows there are."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((0, *leaf.shape[1:])[: leaf.ndim], leaf.dtype), batch)
 
 
 def _signatures(task: Task) -> Iterator[str]:
@@ -98,6 +103,11 @@ def _signatures(task: Task) -> Iterator[str]:
             signature.bind(*arguments)
         except TypeError:
             yield f"{name} takes {signature}; valid: ({', '.join(arguments)})"
+            continue
+        # Arguments are given by place: one with the name of another is that other's.
+        places = list(signature.parameters)[: len(arguments)]
+        if any(got in arguments and got != wanted for got, wanted in zip(places, arguments, strict=False)):
+            yield f"{name} takes {signature}, in another order; valid: ({', '.join(arguments)})"
 
 
 def _params(params: Any) -> Iterator[str]:

@@ -15,7 +15,16 @@ from tasks.base import Task
 from tasks.data import images
 from tasks.layers import initialise
 from tasks.space import INIT, SMALL_IMAGES, Choice, LogInt
-from tasks.supervised import Examples, activation_named, flattened, library, minibatched, require_positive, sources
+from tasks.supervised import (
+    ERRORS,
+    Examples,
+    activation_named,
+    flattened,
+    library,
+    minibatched,
+    require_positive,
+    sources,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -28,13 +37,15 @@ SPACE = {
     "activation": Choice(("gelu", "silu", "relu")),
     "batch_size": LogInt(32, 256),
     "log10_init_scale": INIT,
+    "loss": Choice(("squared", "absolute", "huber")),
 }
+LOSSES = {"squared": jnp.square, "absolute": jnp.abs, "huber": ERRORS["huber"]}  # of one pixel's noise
 
 
 def noised(x: Float[Array, "B P"], noise: Float[Array, "B P"], time: Float[Array, " B"]) -> Float[Array, "B P"]:
     """The image at time 0, the noise at time 1, of unit variance between if both are."""
     angle = 0.5 * jnp.pi * time[:, None]
-    return jnp.cos(angle) * x + jnp.sin(angle) * noise
+    return jnp.cos(angle).astype(x.dtype) * x + jnp.sin(angle).astype(x.dtype) * noise
 
 
 def diffusion(
@@ -47,8 +58,9 @@ def diffusion(
     activation: str = "silu",
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
+    loss: str = "squared",
 ) -> Task:
-    """Mean squared error of the noise that a residual MLP predicts from a noised image and its time; 1 at init.
+    """Mean error of the noise that a residual MLP predicts from a noised image and its time; squared, 1 at init.
 
     Args:
       data: image sets in `tasks.data`, one of which is drawn uniformly per phi.
@@ -59,12 +71,15 @@ def diffusion(
       activation: relu, gelu, silu or tanh.
       batch_size: B; batches are x [B, pixels] in [0, 1], used as 2x - 1. Noise and times come from the loss's key.
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
+      loss: squared, absolute or huber (halved squares of small errors).
 
     Raises ValueError for an unknown data set or an invalid setting; ImportError without flax.
     """
     nn = library("diffusion", "flax.linen")
     for name, value in dict(depth=depth, width=width, frequencies=frequencies).items():
         require_positive("diffusion", name, [value])
+    if loss not in LOSSES:
+        raise ValueError(f"diffusion: loss, got {loss!r}; valid: {', '.join(LOSSES)}.")
     datasets = [flattened(one) for one in sources("diffusion", data, lambda name: images(name, size))]
     activate, _ = activation_named("diffusion", activation)
     pixels = datasets[0].x.shape[1]
@@ -73,7 +88,8 @@ def diffusion(
         @nn.compact
         def __call__(self, x, time):  # [B, P], [B] -> [B, P]
             angles = time[:, None] * (0.5 * jnp.pi * 2.0 ** jnp.linspace(0, 6, frequencies))[None]
-            time = activate(nn.Dense(width, name="time")(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)))
+            waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(x.dtype)
+            time = activate(nn.Dense(width, name="time")(waves))
             x = nn.Dense(width, name="image")(x)
             for _ in range(depth):
                 y = nn.Dense(width)(nn.LayerNorm()(x)) + nn.Dense(width, use_bias=False)(time)
@@ -84,23 +100,24 @@ def diffusion(
     example = [jax.ShapeDtypeStruct(dims, jnp.float32) for dims in ((1, pixels), (1,))]
     shapes = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
 
-    def loss(params: Any, key: Array, batch: Examples) -> Float[Array, ""]:
+    def objective(params: Any, key: Array, batch: Examples) -> Float[Array, ""]:
         time_key, noise_key = jax.random.split(key)
         # Stratified over the batch, which takes most of the noise of the draw of times out of the loss.
         offset = jax.random.uniform(time_key)
         time = jnp.mod(offset + jnp.arange(len(batch.x)) / len(batch.x), 1.0)
-        noise = jax.random.normal(noise_key, batch.x.shape)
+        noise = jax.random.normal(noise_key, batch.x.shape).astype(batch.x.dtype)
         predicted = model.apply({"params": params}, noised(2 * batch.x - 1, noise, time), time)
-        return jnp.mean((predicted - noise) ** 2)
+        return jnp.mean(LOSSES[loss](predicted - noise))
 
     return minibatched(
         "diffusion",
         datasets,
-        label=f"{size}x{size}, {depth} x {width}, {frequencies} frequencies, {activation}",
+        label=f"{size}x{size}, {depth} x {width}, {frequencies} frequencies, {activation}"
+        + (f", {loss} loss" if loss != "squared" else ""),
         # Output variance 0.01: a guess of about 0, whose error is the noise's variance.
         init=lambda key, scale: initialise(key, shapes, scale=scale[0], output_gain=0.01),
-        loss=loss,
+        loss=objective,
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,
-        init_loss=1.0,
+        init_loss=1.0 if loss == "squared" else None,
     )

@@ -2,15 +2,19 @@
 
 Names alone would be blind: TFDS serves Fashion-MNIST's test file under another name, a wrapper builds a new Task, a
 user's factory loads arrays of its own. So a task is asked four things: the ids and sha256 in its provenance; its
-family, and the families whose functions its own functions reach through closures; and whether the rows or passages of
-its `data` are those of a held-out set. The last survives another scale, offset or vocabulary, order and subsets; it
-does not survive augmentation, other resizing, or normalising pixel by pixel.
+family, and the families and data sources that its own functions reach through closures, objects and modules; and
+whether the rows or passages of its `data`, and of arrays that it reaches so, are those of a held-out set. The last
+survives another scale, offset or vocabulary, order and subsets; it does not survive augmentation, other resizing, or
+normalising pixel by pixel.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
+import hashlib
 import math
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -44,6 +48,7 @@ WINDOW, SAMPLED = 64, 16  # tokens; of the windows one in so many is looked at
 MOST_ROWS, MOST_TOKENS = 20_000, 2**23  # that are looked at, spread over what there is
 LEAST_TOKENS = 24  # different ones in a text: fewer are labels
 LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools"}
+STANDARD = LIBRARIES | sys.stdlib_module_names - {"__main__"}  # whose objects hold no task of a user's
 
 
 def fingerprints(rows: np.ndarray) -> np.ndarray:
@@ -93,14 +98,21 @@ def passages(tokens: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _known_rows(length: int) -> dict[str, np.ndarray]:
-    """Held-out image set -> hashes of its rows at the size at which they have `length` numbers."""
+def _known_rows(length: int, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Held-out image set -> hashes of its rows at the size at which they have `length` numbers.
+
+    Args:
+      dtype: a type of 16 bits, whose rounding depends on the unit: hashes are those of pixels in [0, 1], in ± 1 and as
+        bytes. None: of any other.
+    """
     known = {}
     for name in set(HELD_OUT.data) & set(data.POOLING):
         channels = data.channels(name)
         for size in data.POOLING[name]:
             if size * size * channels == length:
-                known[name] = fingerprints(data.images(name, size).x.reshape(-1, length))
+                x = data.images(name, size).x.reshape(-1, length)
+                units = (x,) if dtype is None else [unit.astype(dtype) for unit in (x, 2 * x - 1, 255 * x)]
+                known[name] = np.concatenate([fingerprints(unit) for unit in units])
     return known
 
 
@@ -118,8 +130,9 @@ def inside(tree: Any) -> tuple[str, ...]:
     for leaf in jax.tree.leaves(tree):
         if not hasattr(leaf, "shape") or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue
+        short = leaf.dtype.itemsize == 2 and jax.dtypes.issubdtype(leaf.dtype, np.floating)
         for axis in range(len(leaf.shape)):
-            known = _known_rows(math.prod(leaf.shape[axis:]))
+            known = _known_rows(math.prod(leaf.shape[axis:]), leaf.dtype if short else None)
             if known and leaf.size:
                 rows = np.asarray(leaf).reshape(-1, math.prod(leaf.shape[axis:]))
                 hashes = fingerprints(rows[:: -(-len(rows) // MOST_ROWS)])
@@ -160,44 +173,103 @@ class Trace(NamedTuple):
 
 def trace(task: Task) -> Trace:
     """The embedded data and the registered families that a task is made of, however it is wrapped."""
-    found, families = set(inside(task.data)), set()
+    import jax
+
+    families: set[str] = set()
+    found: set[str] = set()
+    arrays = jax.tree.leaves(task.data)
     for one in _reach(task):
         if isinstance(one, Task):
             families.add(one.family)
-            found.update(name for source in one.provenance for name in aliases(source))
+        elif isinstance(one, Source):
+            found.update(aliases(one))
+        elif isinstance(one, np.ndarray | jax.Array):
+            arrays.append(one)
         elif isinstance(one, types.FunctionType) and one.__module__.startswith("tasks."):
             family = one.__module__.removeprefix("tasks.")
             if f"{one.__qualname__}.".startswith(f"{family}."):  # it is the factory, or was made in it
                 families.add(family)
-    return Trace(tuple(sorted(found)), tuple(sorted(families - {""})))
+    # A data set that is closed over is often the task's data once more: what has equal bytes is looked at once.
+    different = {_digest(array): array for array in arrays if _is_numeric(array)}
+    return Trace(tuple(sorted(found | set(inside(list(different.values()))))), tuple(sorted(families - {""})))
+
+
+def _is_numeric(leaf: Any) -> bool:
+    import jax
+
+    array = isinstance(leaf, np.ndarray | jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return array and jax.dtypes.issubdtype(leaf.dtype, np.number)
+
+
+def _digest(array: Any) -> tuple[Any, ...]:
+    held = np.ascontiguousarray(array)
+    return held.shape, held.dtype, hashlib.blake2b(held.reshape(-1).view(np.uint8)).digest()
 
 
 def _reach(root: Any) -> Iterator[Any]:
-    """What `root`'s functions have hold of: closures, defaults, bound objects, containers, globals that they name."""
+    """What `root`'s functions have hold of, and what that has.
+
+    Closures, defaults, globals and parts of modules that they name, containers, attributes of objects and classes.
+    """
     seen: dict[int, Any] = {}  # objects are kept, since an id is used again once its object is gone
     stack = [root]
     while stack:
         one = stack.pop()
-        if id(one) in seen:
-            continue
-        seen[id(one)] = one
-        yield one
-        if isinstance(one, types.FunctionType):
-            if (one.__module__ or "").split(".")[0] in LIBRARIES:
-                continue
-            stack += [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
-            stack += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
-            stack += [one.__globals__[name] for name in _names(one.__code__) if name in one.__globals__]
-        elif isinstance(one, functools.partial):
-            stack += [one.func, *one.args, *one.keywords.values()]
-        elif isinstance(one, types.MethodType):
-            stack += [one.__func__, one.__self__]
-        elif isinstance(one, list | tuple | set | frozenset):
-            stack += one
-        elif isinstance(one, Mapping):
-            stack += one.values()
-        elif callable(one) and isinstance(inner := getattr(one, "__wrapped__", None), types.FunctionType):  # jitted
-            stack.append(inner)
+        if id(one) not in seen:
+            seen[id(one)] = one
+            yield one
+            stack += _held_by(one)
+
+
+def _held_by(one: Any) -> list[Any]:
+    """What one object has hold of itself."""
+    if isinstance(one, types.FunctionType):
+        return [] if _package(one) in LIBRARIES else _held_by_function(one)
+    if isinstance(one, functools.partial):
+        return [one.func, *one.args, *one.keywords.values(), *vars(one).values()]
+    if isinstance(one, types.MethodType):
+        return [one.__func__, one.__self__]
+    if isinstance(one, staticmethod | classmethod):
+        return [one.__func__]
+    if isinstance(one, property):
+        return [one.fget]
+    if isinstance(one, type):
+        return [] if _package(one) in STANDARD else list(vars(one).values())
+    held: list[Any] = []
+    if isinstance(one, list | tuple | set | frozenset | collections.deque):
+        held += one
+    elif isinstance(one, Mapping):
+        held += one.values()
+    elif callable(one) and isinstance(inner := getattr(one, "__wrapped__", None), types.FunctionType):  # jitted
+        held.append(inner)
+    if _package(type(one)) not in STANDARD or isinstance(one, types.SimpleNamespace):
+        held += [type(one), *getattr(type(one), "__mro__", ())[1:], *getattr(one, "__dict__", {}).values()]
+        slots = [vars(kind).get("__slots__", ()) for kind in type(one).__mro__]
+        names = [name for slot in slots for name in ([slot] if isinstance(slot, str) else slot)]
+        held += [getattr(one, name) for name in names if hasattr(one, name)]
+    return held
+
+
+def _held_by_function(one: types.FunctionType) -> list[Any]:
+    """Closure, defaults, and the globals that it names; of a module the parts that it names."""
+    held = [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
+    held += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+    names = set(_names(one.__code__))
+    held += [one.__globals__[name] for name in names if name in one.__globals__]
+    modules = [part for part in held if isinstance(part, types.ModuleType)]
+    seen: set[str] = set()
+    while modules:  # of a dotted name each part may be one
+        module = modules.pop()
+        if module.__name__ not in seen and module.__name__.split(".")[0] not in STANDARD:
+            seen.add(module.__name__)
+            parts = [vars(module)[name] for name in names if name in vars(module)]
+            held += parts
+            modules += [part for part in parts if isinstance(part, types.ModuleType)]
+    return held
+
+
+def _package(one: Any) -> str:
+    return str(getattr(one, "__module__", None) or "").split(".")[0]
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -17,12 +17,12 @@ import numpy as np
 from tasks.base import SPLITS, Split, Task
 from tasks.data import Text, text
 from tasks.space import Choice
-from tasks.supervised import Phi, cross_entropy, require_positive, split_index
+from tasks.supervised import Phi, cross_entropy, require_init_scale, require_positive, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-TEXTS = Choice(("kjv",))  # that may be meta-trained on
+TEXTS = Choice(("kjv",))  # that may be meta-trained on: the other text of the package is held out
 EVAL_BATCHES, EVAL_WINDOWS = 4, 64
 
 
@@ -56,8 +56,7 @@ def language_model(
     """
     require_positive(family, "length", [length])
     require_positive(family, "batch_size", [batch_size])
-    if not 0.0 <= log10_init_scale < math.inf:
-        raise ValueError(f"{family}: log10_init_scale, got {log10_init_scale}; valid: a finite number ≥ 0.")
+    require_init_scale(family, log10_init_scale)
     offsets = np.cumsum([0, *(len(one.tokens) for one in sets[:-1])])
     ranges = np.array([[one.splits[split] for split in SPLITS] for one in sets])  # [texts, 3, 2]
     starts = (ranges[..., 0] + offsets[:, None]).astype(np.int32)

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from tasks.base import Task
 from tasks.data import images
 from tasks.layers import initialise
-from tasks.space import CLASSIFICATION, INIT, SMALL_IMAGES, Choice, LogInt
+from tasks.space import CLASSIFICATION, INIT, PATCHES, Choice, LogInt
 from tasks.supervised import activation_named, channelled, classification, library, require_positive, sources
 from tasks.vit import patches
 
 SPACE = {
-    ("data", "size"): SMALL_IMAGES,
-    "patch": Choice((2,)),
+    ("data", "size", "patch"): PATCHES,
     "depth": LogInt(1, 4),
     "width": LogInt(16, 64),
     "token_hidden": LogInt(8, 64),

@@ -13,8 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from tasks.base import Split, Task
-from tasks.space import Choice, LogFloat, LogInt, Widths
-from tasks.supervised import activation_named, init_layers, mlp, require_positive
+from tasks.space import INIT, Choice, LogFloat, LogInt, Widths
+from tasks.supervised import (
+    activation_named,
+    init_layers,
+    init_scales,
+    mlp,
+    require_init_scale,
+    require_positive,
+    split_key,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -29,6 +37,7 @@ SPACE = {
     "activation": Choice(("tanh", "gelu", "silu")),  # twice differentiable
     "boundary_weight": LogFloat(1.0, 100.0),
     "batch_size": LogInt(16, 128),
+    "log10_init_scale": INIT,
 }
 
 
@@ -37,6 +46,7 @@ class Heat(NamedTuple):
 
     viscosity: Float[Array, ""]  # ν
     amplitude: Float[Array, " 3"]  # a_k
+    scale: Any = ()  # [L] multiplies weight matrix l at init
 
     @classmethod
     def sample(cls, key: PRNGKeyArray) -> Heat:
@@ -45,7 +55,7 @@ class Heat(NamedTuple):
         return cls(viscosity, jax.random.uniform(amplitude_key, (3,), minval=-1.0, maxval=1.0))
 
     def exact(self, x: Float[Array, " B"], t: Float[Array, " B"]) -> Float[Array, " B"]:
-        rate = jnp.pi * jnp.arange(1.0, 4.0)[None]
+        rate = jnp.pi * jnp.arange(1.0, 4.0, dtype=x.dtype)[None]
         waves = jnp.sin(rate * x[:, None]) * jnp.exp(-self.viscosity * rate**2 * t[:, None])
         return waves @ self.amplitude
 
@@ -61,6 +71,7 @@ class Burgers(NamedTuple):
     speed: Float[Array, ""]  # c
     height: Float[Array, ""]  # a, half the front's
     place: Float[Array, ""]  # x₀
+    scale: Any = ()  # [L] multiplies weight matrix l at init
 
     @classmethod
     def sample(cls, key: PRNGKeyArray) -> Burgers:
@@ -104,6 +115,7 @@ def pinn(
     activation: str = "tanh",
     boundary_weight: float = 10.0,
     batch_size: int = 64,
+    log10_init_scale: float = 0.0,
 ) -> Task:
     """Mean squared residual of a PDE inside the unit square of space and time, and mean squared error at its edges.
 
@@ -113,6 +125,7 @@ def pinn(
       activation: tanh, gelu or silu (relu has no second derivative).
       boundary_weight: of the error at t = 0, x = 0 and x = 1.
       batch_size: B points inside and B at the edges, fresh each batch.
+      log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -124,14 +137,18 @@ def pinn(
         raise ValueError("pinn: activation, got 'relu'; valid: tanh, gelu, silu.")
     if not 0.0 <= boundary_weight <= 1e6:
         raise ValueError(f"pinn: boundary_weight, got {boundary_weight}; valid: 0 to 1e6.")
+    require_init_scale("pinn", log10_init_scale)
     activate, gain = activation_named("pinn", activation)
     shapes = list(itertools.pairwise((2, *hidden, 1)))
 
     def field(params: Params) -> Field:
         return lambda x, t: mlp(params, 2 * jnp.stack([x, t], axis=-1) - 1, activate)[:, 0]
 
+    def sample(key: PRNGKeyArray) -> Any:
+        return EQUATIONS[equation].sample(key)._replace(scale=init_scales(key, len(shapes), log10_init_scale))
+
     def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Points:
-        inside_key, along_key, side_key = jax.random.split(key, 3)
+        inside_key, along_key, side_key = jax.random.split(split_key(key, split), 3)
         along = jax.random.uniform(along_key, (batch_size,))
         side = jax.random.randint(side_key, (batch_size,), 0, 3)
         x = jnp.where(side == 0, along, (side == 2).astype(along.dtype))
@@ -148,13 +165,15 @@ def pinn(
         exact = phi.exact(*inside)
         return {"relative_error": jnp.linalg.norm(field(params)(*inside) - exact) / jnp.linalg.norm(exact)}
 
+    spread = f", init 10^±{log10_init_scale:g}" if log10_init_scale else ""
     return Task(
         data=(),
-        sample=EQUATIONS[equation].sample,
-        init=lambda key, phi: init_layers(key, shapes, jnp.ones(len(shapes)), gain),
+        sample=sample,
+        init=lambda key, phi: init_layers(key, shapes, phi.scale, gain),
         batch=batch,
         loss=loss,
         metrics=metrics,
         name=f"pinn({equation}, {'-'.join(map(str, hidden))}, {activation}, boundary {boundary_weight:g}, "
-        f"batch {batch_size})",
+        f"batch {batch_size}{spread})",
+        version=2,  # validation and test have batches of their own
     )

@@ -15,8 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from tasks.base import Split, Task
-from tasks.space import Choice, LogInt, Widths
-from tasks.supervised import activation_named, init_layers, mlp, require_positive
+from tasks.space import INIT, Choice, LogInt, Widths
+from tasks.supervised import (
+    activation_named,
+    init_layers,
+    init_scales,
+    mlp,
+    require_init_scale,
+    require_positive,
+    split_key,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -28,6 +36,7 @@ SPACE = {
     "episodes": LogInt(8, 64),
     "length": LogInt(50, 150),
     "spread": Choice((0.0, 0.2, 0.4)),
+    "log10_init_scale": INIT,
 }
 
 
@@ -68,12 +77,12 @@ class CartPole:
         return jnp.concatenate([state, jnp.ones((episodes, 1))], axis=-1)
 
     def observe(self, state: Float[Array, "B 5"]) -> Float[Array, "B 4"]:
-        return state[:, :4] / jnp.array([1.0, 1.0, 0.1, 1.0])[None]
+        return state[:, :4] / jnp.array([1.0, 1.0, 0.1, 1.0], state.dtype)[None]
 
     def act(self, key: PRNGKeyArray, out: Float[Array, "B 2"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         log_probs = jax.nn.log_softmax(out)
         right = jax.random.bernoulli(key, jnp.exp(log_probs[:, 1]))
-        return 2.0 * right - 1.0, jnp.where(right, log_probs[:, 1], log_probs[:, 0])
+        return (2.0 * right - 1.0).astype(out.dtype), jnp.where(right, log_probs[:, 1], log_probs[:, 0])
 
     def step(self, physics: Float[Array, " 4"], state: Float[Array, "B 5"], action: Array) -> Float[Array, "B 5"]:
         gravity, mass, length, force = physics
@@ -93,7 +102,7 @@ class CartPole:
 
 
 class Pendulum:
-    """A rod that hangs at a random angle; the reward is 1 when it stands upright at rest with no torque."""
+    """A rod that hangs at a random angle; the reward is 1 where it stands upright at rest, and no action costs any."""
 
     physics = (9.8, 1.0, 1.0)  # gravity m/s², length m, mass kg
     features, outputs = 3, 1
@@ -109,7 +118,8 @@ class Pendulum:
 
     def act(self, key: PRNGKeyArray, out: Float[Array, "B 1"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         # The gradient is that of the density alone: what was drawn is a number.
-        drawn = jax.lax.stop_gradient(out[:, 0] + self.std * jax.random.normal(key, out.shape[:1]))
+        noise = self.std * jax.random.normal(key, out.shape[:1])
+        drawn = jax.lax.stop_gradient(out[:, 0] + noise.astype(out.dtype))
         density = -0.5 * ((drawn - out[:, 0]) / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi))
         return self.most_torque * jnp.tanh(drawn), density
 
@@ -131,6 +141,7 @@ class Phi(NamedTuple):
     """Task parameters."""
 
     physics: Float[Array, " P"]
+    scale: Float[Array, " L"]  # multiplies weight matrix l at init
 
 
 def surrogate(log_prob: Float[Array, "T B"], reward: Float[Array, "T B"]) -> Float[Array, ""]:
@@ -156,6 +167,7 @@ def policy_gradient(
     episodes: int = 16,
     length: int = 100,
     spread: float = 0.2,
+    log10_init_scale: float = 0.0,
 ) -> Task:
     """1 minus the mean reward a step of a stochastic policy, by REINFORCE.
 
@@ -166,6 +178,7 @@ def policy_gradient(
       episodes: B; a batch is their first states.
       length: T, steps an episode.
       spread: each physical constant of phi is its nominal value times a uniform number in 1 ± this, < 1.
+      log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -176,13 +189,15 @@ def policy_gradient(
     require_positive("policy_gradient", "length", [length])
     if not 0.0 <= spread < 1.0:
         raise ValueError(f"policy_gradient: spread, got {spread}; valid: 0 to below 1.")
+    require_init_scale("policy_gradient", log10_init_scale)
     world = ENVIRONMENTS[environment]
     activate, gain = activation_named("policy_gradient", activation)
     shapes = list(itertools.pairwise((world.features, *hidden, world.outputs)))
 
     def sample(key: PRNGKeyArray) -> Phi:
         nominal = jnp.array(world.physics)
-        return Phi(nominal * jax.random.uniform(key, nominal.shape, minval=1 - spread, maxval=1 + spread))
+        physics = nominal * jax.random.uniform(key, nominal.shape, minval=1 - spread, maxval=1 + spread)
+        return Phi(physics, init_scales(key, len(shapes), log10_init_scale))
 
     def roll(params: Any, key: PRNGKeyArray, phi: Phi, batch: Float[Array, "B S"]) -> tuple[Array, Array]:
         """Log-probabilities and rewards, [T, B] each."""
@@ -203,15 +218,17 @@ def policy_gradient(
         return value, grads
 
     def batch(key: PRNGKeyArray, phi: Phi, data: Any, split: Split) -> Float[Array, "B S"]:
-        return world.start(key, episodes)
+        return world.start(split_key(key, split), episodes)
 
+    wide = f", init 10^±{log10_init_scale:g}" if log10_init_scale else ""
     return Task(
         data=(),
         sample=sample,
-        init=lambda key, phi: init_layers(key, shapes, jnp.ones(len(shapes)), gain),
+        init=lambda key, phi: init_layers(key, shapes, phi.scale, gain),
         batch=batch,
         loss=lambda params, key, phi, batch: objective(params, key, phi, batch)[1],
         value_and_grad=value_and_grad,
         name=f"policy_gradient({environment}, {'-'.join(map(str, hidden)) or 'linear'}, {activation}, "
-        f"{episodes} episodes of {length}, physics ± {spread:.0%})",
+        f"{episodes} episodes of {length}, physics ± {spread:.0%}{wide})",
+        version=2,  # validation and test have batches of their own
     )

@@ -73,6 +73,8 @@ ACTIVATION = Choice(("relu", "gelu", "silu", "tanh"))
 CLASSIFICATION = Choice(("cross_entropy", "cross_entropy", "squared"))
 # Sets that may be meta-trained on, at sizes that make small tasks.
 SMALL_IMAGES = Choice((("digits", 8), ("mnist5k", 8), ("mnist5k", 14)))
+# The same with the side of a patch, which divides the image's.
+PATCHES = Choice(tuple((*one, side) for one in SMALL_IMAGES.options for side in (2, 4 if one[1] == 8 else 7)))
 IMAGES = Choice((*SMALL_IMAGES.options, ("mnist5k", 28)))
 
 

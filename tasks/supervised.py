@@ -39,6 +39,7 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
 # The logits' variance at init is at most about OUTPUT_GAIN, which adds under 10 % to a loss of log(classes).
 OUTPUT_GAIN = 0.25
 MAX_EVAL_ROWS, MAX_EVAL_BATCH = 750, 250
+SCALES, STREAMS = 0x5CA1E, 0x57EA0  # folded into keys that are split too, into fewer parts than these
 
 
 class Examples(NamedTuple):
@@ -277,8 +278,7 @@ def minibatched(
     Raises ValueError for an invalid batch_size or log10_init_scale.
     """
     require_positive(family, "batch_size", [batch_size])
-    if not 0.0 <= log10_init_scale < math.inf:
-        raise ValueError(f"{family}: log10_init_scale, got {log10_init_scale}; valid: a finite number ≥ 0.")
+    require_init_scale(family, log10_init_scale)
     offsets = np.cumsum([0, *(len(one.x) for one in datasets[:-1])])
     ranges = np.array([[one.splits[split] for split in SPLITS] for one in datasets], np.int32)  # [sources, 3, 2]
     starts, sizes = (ranges[..., 0] + offsets[:, None]).astype(np.int32), ranges[..., 1] - ranges[..., 0]
@@ -324,6 +324,25 @@ def minibatched(
         init_loss=None if log10_init_scale else init_loss,
         family=family,
     )
+
+
+def init_scales(key: PRNGKeyArray, count: int, log10_init_scale: float) -> Float[Array, " L"]:
+    """Of a phi with other parts, which its key draws too: 10**u, u uniform in ± log10_init_scale."""
+    exponent = jax.random.uniform(
+        jax.random.fold_in(key, SCALES), (count,), minval=-log10_init_scale, maxval=log10_init_scale
+    )
+    return 10.0**exponent
+
+
+def require_init_scale(family: str, log10_init_scale: float) -> None:
+    if not 0.0 <= log10_init_scale < math.inf:
+        raise ValueError(f"{family}: log10_init_scale, got {log10_init_scale}; valid: a finite number ≥ 0.")
+
+
+def split_key(key: PRNGKeyArray, split: Split) -> PRNGKeyArray:
+    """The key of a split, where batches are drawn afresh: one key gives each split another batch."""
+    index = split_index(split)
+    return jax.random.fold_in(key, STREAMS + index) if index else key
 
 
 def split_index(split: Split) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from tasks.base import Task
-from tasks.data import table
+from tasks.data import Dataset, table
 from tasks.space import ACTIVATION, INIT, Choice, LogInt, Widths
 from tasks.supervised import (
     ERRORS,
@@ -31,13 +31,23 @@ if TYPE_CHECKING:
     from tasks.supervised import Params
 
 SPACE = {
-    "data": Choice(("diabetes",)),
+    "data": Choice(("diabetes", "wine")),
     "hidden": Widths(0, 4, 8, 128),
     "activation": ACTIVATION,
     "batch_size": LogInt(8, 128),
     "log10_init_scale": INIT,
     "loss": Choice(tuple(ERRORS)),
 }
+
+
+def regressed(name: str) -> Dataset:
+    """A table whose y is a number. Raises ValueError for one without."""
+    held = table(name)
+    if name == "wine":
+        return held._replace(x=held.x[:, 1:], y=held.x[:, 0], classes=0)
+    if held.classes:
+        raise ValueError(f"tabular_regression: data, got {name!r}, which has classes; valid: diabetes, wine.")
+    return held
 
 
 def tabular_regression(
@@ -53,7 +63,8 @@ def tabular_regression(
     """Regression of one number by an MLP; phi holds the data set and the init scales.
 
     Args:
-      data: tables in `tasks.data` whose y is a number, with as many features as each other.
+      data: diabetes, which is one of DEV's, or wine, of which the first column (alcohol) is predicted from the other
+        twelve and which may be meta-trained on.
       hidden: widths; () is linear regression.
       batch_size: B; batches are x [B, features] and y [B], both z-scored over the training split.
       activation: relu (He init), gelu, silu or tanh (LeCun init); the output layer has half LeCun's standard deviation.
@@ -66,9 +77,7 @@ def tabular_regression(
     require_positive("tabular_regression", "hidden", hidden)
     if loss not in ERRORS:
         raise ValueError(f"tabular_regression: loss, got {loss!r}; valid: {', '.join(ERRORS)}.")
-    datasets = sources("tabular_regression", data, table)
-    if datasets[0].classes:
-        raise ValueError(f"tabular_regression: data, got {data!r}, which has classes; valid: diabetes.")
+    datasets = sources("tabular_regression", data, regressed)
     activate, gain = activation_named("tabular_regression", activation)
     forward, output_fan_in = mlp_forward("tabular_regression", hidden, mup_base)
     shapes = list(itertools.pairwise((datasets[0].x.shape[1], *hidden, 1)))

@@ -74,7 +74,7 @@ def vae(
         for width in hidden:
             y = activate(hk.Linear(width)(y))
         mean, log_std = jnp.split(hk.Linear(2 * latents, name="output_code")(y), 2, axis=-1)
-        y = mean + jnp.exp(log_std) * jax.random.normal(hk.next_rng_key(), mean.shape)
+        y = mean + jnp.exp(log_std) * jax.random.normal(hk.next_rng_key(), mean.shape).astype(mean.dtype)
         for width in reversed(hidden):
             y = activate(hk.Linear(width)(y))
         logits = hk.Linear(pixels, name="output")(y)

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from tasks.base import Task
 from tasks.data import images
 from tasks.layers import attention_scale, broadcast, initialise, product, shape, transformer, transformer_shapes
-from tasks.space import CLASSIFICATION, INIT, SMALL_IMAGES, Choice, LogInt
+from tasks.space import CLASSIFICATION, INIT, PATCHES, Choice, LogInt
 from tasks.supervised import activation_named, channelled, classification, require_positive, sources
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 SPACE = {
-    ("data", "size"): SMALL_IMAGES,
-    "patch": Choice((2,)),
+    ("data", "size", "patch"): PATCHES,
     "depth": LogInt(1, 4),
     ("width", "heads"): Choice(((16, 2), (32, 2), (32, 4), (64, 4))),
     "activation": Choice(("gelu", "relu", "silu")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,11 @@ def test_our_own_families_pass(family):
 def test_a_good_task_passes():
     assert check(good(value_and_grad=jax.value_and_grad(good().loss))) is None
     assert problems(good(metrics=None, eval_batches=None)) == []
+    assert problems(good(batch=lambda key, phi, data, split: data[: 8 if split == "train" else 4])) == []
+
+
+def test_a_reduced_batch_passes():
+    assert check(tasks.make("tabular_mlp", hidden=(4,), augment=[("reduce_batch", {"rows": 4})])) is None
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,10 @@ def test_a_good_task_passes():
             "loss needs a number that jit does not know yet",
         ),
         ({"loss": lambda p, k, phi, b: p["v"]}, "loss raised KeyError: 'v'"),
+        (
+            {"loss": lambda params, batch, key, phi: jnp.mean((batch @ params["w"] - phi) ** 2)},
+            r"loss takes \(params, batch, key, phi\), in another order; valid: \(params, key, phi, batch\)",
+        ),
         ({"loss": 3.0}, r"loss is a float; valid: a function of \(params, key, phi, batch\)"),
         ({"init": lambda key, phi: {"w": jnp.arange(4)}}, r"params\['w'\] is int32; valid: a floating type"),
         ({"init": lambda key, phi: {"w": jnp.full(4, jnp.nan)}}, r"params\['w'\] is not finite at init"),
@@ -93,8 +103,8 @@ def test_a_good_task_passes():
             "128,000 numbers are closed over and would be copied into every compiled program",
         ),
         (
-            {"batch": lambda key, phi, data, split: data[: 8 if split == "train" else 4]},
-            r"batch: the validation split has shape float32\[4, 4\]; valid: shape float32\[8, 4\], as train",
+            {"batch": lambda key, phi, data, split: data[:8] if split == "train" else data[:8, :2]},
+            r"batch: the validation split has shape float32\[8, 2\]; valid: rows of shape float32\[8, 4\], as train",
         ),
         ({"metrics": lambda p, k, phi, b: b}, "metrics has .*; valid: a dict of scalars"),
         ({"eval_batches": lambda phi, data, split: jnp.ones(())}, "eval_batches: train has .*; valid: a leading axis"),
@@ -142,6 +152,9 @@ def family(width=4, batch_size=8):
 def wrong():
     return family()._replace(loss=lambda params, key, phi, batch: batch[0] @ params["w"])
 
+def needs(width, batch_size=8):
+    return family(width, batch_size)
+
 def nothing():
     return 3
 
@@ -169,6 +182,14 @@ def test_own_families_are_made_by_module_and_function(own):
     assert sys.path[0] != str(own)
 
 
+def test_the_task_of_the_documentation_works(own):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "def my_family" in block)
+    assert len([line for line in code.splitlines() if line]) <= 20
+    (own / "users_page.py").write_text(code)
+    assert tasks.make("users_page:my_family", batch_size=16).family == "users_page:my_family"  # which checks it
+
+
 @pytest.mark.parametrize(
     ("spec", "settings", "says"),
     [
@@ -176,6 +197,11 @@ def test_own_families_are_made_by_module_and_function(own):
         ("users_tasks:famly", {}, "users_tasks has no function 'famly'; valid: .*family, "),
         ("users_tasks:shadow", {}, "users_tasks has no function 'shadow'"),
         ("users_taks:family", {}, "ModuleNotFoundError: No module named 'users_taks'; valid: package.module:function"),
+        (
+            "users_tasks:needs",
+            {"batch_size": 3},
+            r"users_tasks:needs needs width, got batch_size; valid: .* --groups\.0\.settings '\{\"width\": \.\.\.\}'",
+        ),
         ("users_tasks:nothing", {}, "users_tasks:nothing returned a int; valid: a tasks.Task"),
         ("users_tasks:wrong", {}, r"tasks.check: wine-4: loss has shape float32\[8, 4\]; valid: a floating scalar"),
     ],
@@ -209,6 +235,14 @@ def test_lopt_train_makes_groups_of_own_families(own):
     assert [task.name for task in groups.make_tasks(pinned, pinned.groups)] == ["wine-3"]
     two = launch.parse("quickstart", ["--task", "users_tasks:family", "--task=cnn", "--groups.1.weight", "2"]).run
     assert [(group.family, group.weight) for group in two.groups] == [("users_tasks:family", 1.0), ("cnn", 2.0)]
+
+
+@pytest.mark.parametrize("words", [["--task", "users_tasks:wrong"], ["--task=users_tasks:wrong"]])
+def test_a_task_alone_is_trained_by_the_quickstarts_recipe(own, capsys, words):
+    assert launch.main([*words, "--compare", ""]) == 2
+    assert "tasks.check: wine-4: loss has shape" in capsys.readouterr().err
+    run = launch.parse(launch.DEFAULT, words).run
+    assert (run.name, run.groups[0].family) == ("quickstart", "users_tasks:wrong")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def test_splits_partition_the_rows_and_are_shuffled(name):
     share = np.bincount(held.y) / len(held.y)
     for start, stop in held.splits.values():
         assert (np.bincount(held.y[start:stop], minlength=held.classes) / (stop - start) > share / 2).all()
+
+
+def test_every_set_has_its_licence():
+    held = {path.stem: path.read_text() for path in (data.FOLDER / "licences").glob("*.txt")}
+    first = " ".join(text.split("\n")[0] for text in held.values())
+    assert [name for name in data.names() if name not in held and not re.search(rf"\b{name}\b", first)] == []
+    for name, words in {"mnist5k": "by-sa/3.0", "scikit_learn": "scikit-learn developers"}.items():
+        assert words in held[name]
+        assert "THIS SOFTWARE IS PROVIDED" in held[name]
 
 
 def test_no_row_is_in_two_splits():

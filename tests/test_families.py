@@ -17,6 +17,7 @@ import pytest
 
 import tasks
 from tasks import SPLITS
+from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
 STEPS, SEEDS = 200, 16
@@ -266,6 +267,13 @@ def test_no_example_is_in_two_splits(family):
     if which is None:
         assert task.data == ()
         assert task.eval_batches is None
+        phi = pick(begun(family)[0], 0)
+        drawn = [task.batch(KEYS[1], phi, (), split) for split in SPLITS]  # of one key
+        for one, other in itertools.combinations(drawn, 2):
+            if family in ("quadratic", "synthetic"):  # whose batches hold noise, of which only training has any
+                assert not jnp.any(other)
+            else:
+                assert not jnp.any(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0])
         return
     phi = pick(begun(family)[0], 0)
     keys = list(KEYS)
@@ -284,6 +292,78 @@ def test_no_example_is_in_two_splits(family):
         assert not one & other
 
 
+# Wrappers
+
+CLASSIFIERS = {"cnn", "es", "image_mlp", "logistic_regression", "mlp_mixer", "resnet", "tabular_mlp", "vit"}
+REFUSED = {
+    "noise_labels": set(FAMILIES) - CLASSIFIERS,  # no classes, or the loss does not look at them
+    "reduce_batch": {"graph_network", "quadratic", "synthetic"},  # no rows
+}
+
+
+def products(jaxpr) -> list[Any]:
+    """Matrix products, wherever they are: operands' types."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append({str(operand.aval.dtype) for operand in equation.invars})
+        for sub in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(sub, "jaxpr", sub)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("wrapper", sorted(AUGMENTATIONS))
+@pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
+def test_every_wrapper_takes_every_family_or_refuses_it(family, wrapper):
+    if family == "pendulum":
+        task = tasks.make("policy_gradient", environment=family, episodes=8, length=9)
+    else:
+        task = make(family)
+    if family in REFUSED.get(wrapper, ()) or (wrapper == "noise_labels" and family == "pendulum"):
+        with pytest.raises(ValueError, match=rf"tasks\.augment\.{wrapper}: task, got \w+\("):
+            wrap(task, [(wrapper, {})])
+        return
+    wrapped = wrap(task, [(wrapper, {})])
+    phi, params, batch, loss, grads = jax.eval_shape(functools.partial(begin, wrapped), KEYS[0], wrapped.data)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    typed = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert typed(grads) == typed(params)
+    if wrapped.grad_transform:
+        state = jax.eval_shape(wrapped.grad_transform.init, params)
+        updates, state = jax.eval_shape(wrapped.grad_transform.update, grads, state)
+        assert typed(updates) == typed(params)
+    if wrapper == "lower_precision":
+        gradient = wrapped.value_and_grad or jax.value_and_grad(wrapped.loss)
+        traced = jax.make_jaxpr(gradient)(params, KEYS[2], phi, batch).jaxpr
+        assert all(types == {"bfloat16"} for types in products(traced))
+        assert len(products(traced)) > 1 or family == "matrix_factorisation"  # whose products are of vectors
+
+
+# Init scales where phi holds other things too
+
+
+@pytest.mark.parametrize("family", ["coordinate_mlp", "pinn", "policy_gradient"])
+def test_init_scales_multiply_each_matrix_and_are_in_phi(family):
+    plain, task = make(family), tasks.make(family, **CASES[family].settings, log10_init_scale=1.0)
+    assert task.name == plain.name[:-1] + ", init 10^±1)"
+
+    def scaled(key):
+        phi, still = task.sample(key), plain.sample(key)
+        return phi, still, task.init(KEYS[1], phi), plain.init(KEYS[1], still)
+
+    phi, still, params, was = jax.jit(scaled, compiler_options=FAST)(KEYS[0])
+    assert equal(phi._replace(scale=still.scale), still)  # nothing else is drawn anew
+    assert jnp.array_equal(still.scale, jnp.ones(len(was)))
+    assert ((phi.scale > 0.1) & (phi.scale < 10)).all()
+    assert len(set(phi.scale.tolist())) == len(was)
+    for index, scale in enumerate(phi.scale):
+        np.testing.assert_allclose(params[f"layer{index}"]["w"], scale * was[f"layer{index}"]["w"], rtol=1e-5)
+        assert jnp.array_equal(params[f"layer{index}"]["b"], was[f"layer{index}"]["b"])
+    with pytest.raises(ValueError, match=f"{family}: log10_init_scale, got -1.0; valid: a finite number"):
+        tasks.make(family, log10_init_scale=-1.0)
+
+
 # Draws of settings
 
 
@@ -296,7 +376,8 @@ def test_draws_of_a_family_differ_and_are_valid(family):
     names = {name for key in module.SPACE for name in ([key] if isinstance(key, str) else key)}
     assert all(set(settings) == names for settings in drawn)
     for name in names:
-        assert len({str(settings[name]) for settings in drawn}) > 1 or name in ("data", "patch"), name
+        alone = name == "data" and family in ("rnn_lm", "transformer_lm")  # the other text is held out
+        assert len({str(settings[name]) for settings in drawn}) > 1 or alone, name
     if family in ("autoencoder", "vae"):
         pytest.importorskip("haiku")
     made = [tasks.sample_family(family, seed) for seed in range(4)]

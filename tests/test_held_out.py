@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -40,11 +42,20 @@ def test_the_reserves_are_disjoint_and_known():
     assert set(DEV.families) <= set(REGISTRY)
 
 
+def elsewhere(settings) -> bool:
+    """Whether settings, or those of a family in them, name another source of data than the package."""
+    if isinstance(settings, str):
+        return settings.startswith("tfds:")
+    if isinstance(settings, dict):
+        return settings.get("source", "embedded") != "embedded" or any(map(elsewhere, settings.values()))
+    return isinstance(settings, list | tuple) and any(map(elsewhere, settings))
+
+
 def shipped_breaches(run: cfg.Run) -> list[str]:
     """What a shipped config may not do."""
     wrong = ["allows what is held out"] if run.allow_held_out else []
     for group in run.groups:
-        if group.settings.get("source", "embedded") != "embedded" or "tfds:" in str(group.settings.get("data")):
+        if elsewhere(dict(group.settings)):
             wrong.append(f"{group.family}: data of another source than the package")
         task = tasks.make(group.family, **group.settings)
         wrong += held_out.touched(task) + held_out.touched(task, DEV)
@@ -61,6 +72,7 @@ def test_a_breach_would_be_seen():
         ("image_mlp", SMALL),
         ("tabular_mlp", {}),
         ("image_mlp", {"data": "mnist", "source": "auto"}),
+        ("es", {"task": "image_mlp", "settings": {"data": "mnist", "source": "auto"}}),
     ):
         assert shipped_breaches(cfg.Run("x", (cfg.Group(family, settings),)))
     assert shipped_breaches(cfg.Run("x", (cfg.Group("image_mlp"),), allow_held_out=True))
@@ -120,6 +132,94 @@ def test_a_family_is_recognised_among_globals(tmp_path, monkeypatch):
     import users_own  # type: ignore[missing-import]
 
     assert held_out.trace(users_own.family()) == (("mnist5k",), ("cnn",))
+
+
+class Wrapper:
+    """A user's own class around a task."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def loss(self, params, key, phi, batch):
+        return self.task.loss(params, key, phi, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    task: Task
+
+    def __call__(self, params, key, phi, batch):
+        return self.task.loss(params, key, phi, batch)
+
+
+class Slotted(Wrapper):
+    __slots__ = ("held",)
+
+    def __init__(self, task):
+        self.held = types.SimpleNamespace(task=task)
+
+    def loss(self, params, key, phi, batch):
+        return self.held.task.loss(params, key, phi, batch)
+
+
+def of_a_class(task):
+    class Holder:
+        inner = task
+
+        @staticmethod
+        def loss(params, key, phi, batch):
+            return Holder.inner.loss(params, key, phi, batch)
+
+    return Holder.loss
+
+
+def of_a_module(task):
+    users = types.ModuleType("users_package")
+    users.nested = types.ModuleType("users_package.nested")  # type: ignore[missing-attribute]
+    users.nested.INNER = task
+    names = {"users": users, "__name__": "elsewhere"}
+    exec("def loss(params, key, phi, batch):\n    return users.nested.INNER.loss(params, key, phi, batch)", names)
+    return names["loss"]
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [lambda task: Wrapper(task).loss, Frozen, lambda task: Slotted(task).loss, of_a_class, of_a_module],
+    ids=["a class", "a dataclass", "slots", "a class's attribute", "a module"],
+)
+def test_a_family_is_recognised_inside_objects_of_a_user(hidden):
+    inner = tasks.make("vit", depth=1, width=4)
+    assert held_out.touched(plain(())._replace(loss=hidden(inner))) == ["family vit"]
+    assert not held_out.touched(plain(())._replace(loss=hidden(tasks.make("image_mlp"))))
+
+
+def test_data_is_recognised_inside_closures():
+    clothes, digits = data.images("fashion10k", 8), data.images("digits", 8)
+
+    def closed(held):
+        return plain(())._replace(batch=lambda key, phi, _, split: held)
+
+    assert held_out.touched(closed(clothes._replace(x=np.zeros(3), y=np.zeros(3)))) == ["data fashion10k"]  # its source
+    assert held_out.touched(closed(clothes.x[:1000])) == ["data fashion10k"]  # its rows
+    assert held_out.touched(closed({"rows": [jnp.asarray(clothes.x[:1000])]})) == ["data fashion10k"]
+    assert not held_out.touched(closed(digits))
+    assert not held_out.touched(closed([digits.x, np.array(["a", "b"]), np.array([None]), jax.random.key(0), 0.5]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_images_of_16_bits_are_recognised(dtype):
+    for x in (data.images("fashion10k", 8).x, 2 * data.images("fashion10k", 8).x - 1):
+        assert held_out.inside(jnp.asarray(x, dtype)) == ("fashion10k",)
+    assert held_out.inside(jnp.asarray(data.images("mnist5k", 8).x, dtype)) == ()
+
+
+def test_every_family_that_may_be_meta_trained_on_has_draws_that_are():
+    for family in set(REGISTRY) - set(HELD_OUT.families) - set(DEV.families):
+        drawn = [tasks.sample_settings(family, seed) for seed in range(20)]
+        reserved = [any(f"'{name}'" in str(settings) for name in DEV.data + HELD_OUT.data) for settings in drawn]
+        assert not all(reserved), family
+    assert not held_out.touched(tasks.make("tabular_regression", data="wine"), DEV)
+    assert held_out.touched(tasks.make("tabular_regression"), DEV) == ["data diabetes"]
 
 
 @pytest.mark.parametrize(
@@ -219,4 +319,9 @@ def test_the_resolved_config_pins_what_auto_served(monkeypatch, tmp_path):
     pinned = groups.pinned(run)
     assert pinned.groups[0].settings == {"data": ["mnist5k", "digits"]}
     assert groups.pinned(pinned) == pinned
+    wrapped = {"task": "image_mlp", "settings": {"data": "mnist", "source": "auto"}, "pairs": 4}
+    for family, settings in (("es", wrapped), ("es", {"task": "es", "settings": wrapped})):
+        found = groups.pinned(cfg.Run("x", (cfg.Group(family, settings),))).groups[0].settings
+        assert "auto" not in str(found)
+        assert "{'data': 'mnist5k'}" in str(found)
     assert groups.pinned(cfg.load("quickstart")) == cfg.load("quickstart")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 
@@ -141,6 +142,22 @@ def test_its_own_sets_are_read_as_mock_data(name, monkeypatch):
         assert held.splits["test"] == (40, 80)
         assert held.y.max() < held.classes
         assert bool(held_out.aliases(held.source)) == (name in ("mnist", "fashion_mnist"))
+
+
+def test_a_set_with_configs_is_found_without_one(folder, tmp_path, monkeypatch):
+    """As TFDS lays it out: emnist/byclass/1.0.0."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    shutil.copytree(folder / "noise", tmp_path / "emnist/byclass")
+    held = data.images("emnist", 8, "tfds")
+    assert held.source.id == "tfds:emnist/byclass:1.0.0"
+    assert np.array_equal(held.x, data.images("emnist/byclass:1.0.0", 8, "tfds").x)
+    assert tfds.pinned("tfds:emnist").startswith("tfds:emnist/byclass:1.0.0#")
+    assert data.images("emnist", 8, "auto").source == held.source
+    shutil.copytree(folder / "noise", tmp_path / "emnist/letters")
+    for source in ("tfds", "auto"):
+        with pytest.raises(ValueError, match="emnist is prepared in several configs; valid: emnist/byclass, emnist/l"):
+            data.images("emnist", 8, source)
+    assert data.images("emnist/letters", 8, "tfds").source.id == "tfds:emnist/letters:1.0.0"
 
 
 def test_tfrecord_is_refused_with_the_conversion(tmp_path, monkeypatch):

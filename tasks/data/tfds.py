@@ -54,11 +54,19 @@ def data_dir() -> Path:
 def find(name: str) -> Path | None:
     """The folder of a prepared set, its newest version if none is named; None if there is none.
 
-    Raises ValueError for a name that TFDS would not understand.
+    A set that has configs (emnist/byclass) may be named without, if one alone is prepared.
+
+    Raises ValueError for a name that TFDS would not understand, or that could be one of several configs.
     """
     parts = _parse(name)
     folder = data_dir() / str(parts["set"]) / (parts["config"] or "")
-    found = [path.parent for path in folder.glob(f"{parts['version'] or '*.*.*'}/dataset_info.json")]
+    version = f"{parts['version'] or '*.*.*'}/dataset_info.json"
+    found = [path.parent for path in folder.glob(version)]
+    if not found and not parts["config"]:
+        found = [path.parent for path in folder.glob(f"*/{version}")]
+        if len(configs := sorted({path.parent.name for path in found})) > 1:
+            listed = ", ".join(f"{parts['set']}/{config}" for config in configs)
+            raise ValueError(f"tasks.data: {PREFIX}{name} is prepared in several configs; valid: {listed}.")
     return max(found, key=lambda path: [int(n) for n in path.name.split(".")], default=None)
 
 
@@ -195,7 +203,7 @@ def _content(name: str) -> Raw:
 
 def open_set(name: str) -> Prepared:
     """A prepared set. Raises ValueError that names the fix if it cannot be read."""
-    parts, folder = _parse(name), find(name)
+    folder = find(name)
     if folder is None:
         command = f"python -m tasks.data.tfds download {name.partition('#')[0]}"
         raise ValueError(
@@ -208,9 +216,9 @@ def open_set(name: str) -> Prepared:
             f"array_record; where TensorFlow is installed run `{CONVERT.format(folder)}`."
         )
     builder = _library().builder_from_directory(folder)
-    config = f"/{parts['config']}" if parts["config"] else ""
+    named = folder.relative_to(data_dir()).parent.as_posix()  # with the config, whether it was said or not
     return Prepared(
-        f"{parts['set']}{config}:{folder.name}",
+        f"{named}:{folder.name}",
         builder.info.features,
         lambda split: builder.as_data_source(split=split),
         tuple(builder.info.splits),
