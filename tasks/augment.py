@@ -178,7 +178,7 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
         return batch._replace(y=jax.vmap(one)(_marks(batch._replace(y=())), batch.y))
 
     drawing = _drawing(task, lambda key, phi: jax.random.bits(key, (), jnp.uint32))
-    evaluated = drawing.eval_batches
+    evaluated: Any = drawing.eval_batches
 
     def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Any:
         clean = drawing.batch(key, phi, data, split)

@@ -202,8 +202,8 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 def _digest(array: Any) -> tuple[Any, ...]:
-    held = np.ascontiguousarray(array)
-    return held.shape, held.dtype, hashlib.blake2b(held.reshape(-1).view(np.uint8)).digest()
+    held = np.asarray(array)
+    return held.shape, held.dtype, hashlib.blake2b(held.tobytes()).digest()
 
 
 def _reach(root: Any) -> Iterator[Any]:
