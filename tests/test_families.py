@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import tasks
-from tasks import SPLITS
+from tasks import SPLITS, data
 from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
@@ -370,6 +370,28 @@ def test_init_scales_multiply_each_matrix_and_are_in_phi(family):
         assert jnp.array_equal(params[f"layer{index}"]["b"], was[f"layer{index}"]["b"])
     with pytest.raises(ValueError, match=f"{family}: log10_init_scale, got -1.0; valid: a finite number"):
         tasks.make(family, log10_init_scale=-1.0)
+
+
+def test_losses_of_noise_and_of_pixels():
+    """At init diffusion guesses 0: the mean absolute normal number is sqrt(2/pi)."""
+    found = {}
+    for family, settings in (("diffusion", {"depth": 1, "width": 4}), ("coordinate_mlp", {"hidden": (4,)})):
+        for loss in ("squared", "absolute"):
+            task = tasks.make(family, **settings, loss=loss)
+            found[family, loss] = jax.jit(functools.partial(begin, task), compiler_options=FAST)(KEYS[0], task.data)[3]
+        with pytest.raises(ValueError, match=f"{family}: loss, got 'cubic'; valid: squared, absolute"):
+            tasks.make(family, loss="cubic")
+    assert found["diffusion", "squared"] == pytest.approx(1, abs=0.1)
+    assert found["diffusion", "absolute"] == pytest.approx((2 / np.pi) ** 0.5, abs=0.05)
+    assert 0 < found["coordinate_mlp", "absolute"] ** 2 < found["coordinate_mlp", "squared"]
+
+
+def test_wine_is_regressed_on_what_else_is_known():
+    task, held = tasks.make("tabular_regression", data="wine", loss="huber"), data.table("wine")
+    assert np.array_equal(np.column_stack([task.data.y, task.data.x]), held.x)
+    assert task.provenance == held.provenance
+    with pytest.raises(ValueError, match="'breast_cancer', which has classes; valid: diabetes, wine"):
+        tasks.make("tabular_regression", data="breast_cancer")
 
 
 # Draws of settings
