@@ -47,7 +47,9 @@ LEAST_VALUES = 8  # different ones in a row: plain ones could be anybody's
 WINDOW, SAMPLED = 64, 16  # tokens; of the windows one in so many is looked at
 MOST_ROWS, MOST_TOKENS = 20_000, 2**23  # that are looked at, spread over what there is
 LEAST_TOKENS = 24  # different ones in a text: fewer are labels
-LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools"}
+# Whose functions are not followed: what they hold is theirs.
+LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools", "orbax", "grain", "scipy"}
+LIBRARIES |= {"matplotlib", "pandas", "PIL", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
 STANDARD = LIBRARIES | sys.stdlib_module_names - {"__main__"}  # whose objects hold no task of a user's
 
 
@@ -202,8 +204,8 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 def _digest(array: Any) -> tuple[Any, ...]:
-    held = np.asarray(array)
-    return held.shape, held.dtype, hashlib.blake2b(held.tobytes()).digest()
+    held = np.ascontiguousarray(array)
+    return held.shape, held.dtype, hashlib.blake2b(held.reshape(-1).view(np.uint8).data).digest()
 
 
 def _reach(root: Any) -> Iterator[Any]:

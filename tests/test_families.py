@@ -314,16 +314,21 @@ def products(jaxpr) -> list[Any]:
     return found
 
 
-GRADUAL = ("reparametrise", "scale_loss", "noise_gradient", "normalise_gradient", "delay_gradient", "sparsify_gradient")
-
-
-@pytest.mark.parametrize(
-    "wrappers", [GRADUAL, *[(name,) for name in AUGMENTATIONS if name not in GRADUAL]], ids="+".join
+TOGETHER = (
+    "reparametrise",
+    "scale_loss",
+    "noise_gradient",
+    "normalise_gradient",
+    "delay_gradient",
+    "sparsify_gradient",
 )
+
+
+@pytest.mark.parametrize("alone", [False, "lower_precision", "noise_labels", "reduce_batch"])
 @pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
-def test_every_wrapper_takes_every_family_or_refuses_it(family, wrappers):
+def test_every_wrapper_takes_every_family_or_refuses_it(family, alone):
     """Traced, not run; what no family refuses is tried in one stack."""
-    last = wrappers[-1]
+    wrappers, last = (alone,) if alone else TOGETHER, alone or TOGETHER[-1]
     if family == "pendulum":
         task, family = tasks.make("policy_gradient", environment=family, episodes=8, length=9), "policy_gradient"
     else:
@@ -412,13 +417,13 @@ def test_draws_of_a_family_differ_and_are_valid(family):
         pytest.importorskip("haiku")
     made = [tasks.sample_family(family, seed) for seed in range(4)]
     assert len({task.name for task in made}) == 4
-    for task in made:
+    for task in made[:2]:
         shapes = jax.eval_shape(functools.partial(begin, task), KEYS[0], task.data)
         assert shapes[3].shape == ()
 
 
 def test_every_wrapper_is_tried():
-    assert sorted(itertools.chain(*STACKS)) == sorted(AUGMENTATIONS)
+    assert sorted([*TOGETHER, "lower_precision", "noise_labels", "reduce_batch"]) == sorted(AUGMENTATIONS)
 
 
 def test_the_last_words_name_the_slowest_families(tmp_path):
