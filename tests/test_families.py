@@ -314,7 +314,7 @@ def products(jaxpr) -> list[Any]:
     return found
 
 
-TOGETHER = (
+STACK = (
     "reparametrise",
     "scale_loss",
     "noise_gradient",
@@ -328,7 +328,7 @@ TOGETHER = (
 @pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
 def test_every_wrapper_takes_every_family_or_refuses_it(family, alone):
     """Traced, not run; what no family refuses is tried in one stack."""
-    wrappers, last = (alone,) if alone else TOGETHER, alone or TOGETHER[-1]
+    wrappers, last = (alone,) if alone else STACK, alone or STACK[-1]
     if family == "pendulum":
         task, family = tasks.make("policy_gradient", environment=family, episodes=8, length=9), "policy_gradient"
     else:
@@ -423,7 +423,7 @@ def test_draws_of_a_family_differ_and_are_valid(family):
 
 
 def test_every_wrapper_is_tried():
-    assert sorted([*TOGETHER, "lower_precision", "noise_labels", "reduce_batch"]) == sorted(AUGMENTATIONS)
+    assert sorted([*STACK, "lower_precision", "noise_labels", "reduce_batch"]) == sorted(AUGMENTATIONS)
 
 
 def test_the_last_words_name_the_slowest_families(tmp_path):
