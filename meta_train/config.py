@@ -75,23 +75,24 @@ class Group:
         _require(ok, f"group {self.family}: processes", list(held), "different numbers of processes, from 0")
 
 
-def _groups(words: list[str]) -> tuple[Group, ...]:
-    """Groups of a command line, a JSON list. Raises ValueError."""
-    value = json.loads(words[0], parse_constant=_no_constant)
-    _require(isinstance(value, list), "tasks", repr(words[0]), "a JSON list of groups")
-    return tuple(_build(Group, x, f"tasks.{i}") for i, x in enumerate(value))
+def _listed(kind: Any, name: str) -> Any:
+    """How a command line gives a tuple of dataclasses: as a JSON list."""
 
+    def parse(words: list[str]) -> tuple[Any, ...]:
+        value = json.loads(words[0], parse_constant=_no_constant)
+        _require(isinstance(value, list), name, repr(words[0]), "a JSON list of objects")
+        return tuple(_build(kind, x, f"{name}.{i}") for i, x in enumerate(value))
 
-Groups = Annotated[
-    tuple[Group, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="JSON",
-        instance_from_str=_groups,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(x, Group) for x in value),
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(x, kind) for x in value),
         str_from_instance=lambda value: [json.dumps([dataclasses.asdict(x) for x in value])],
-    ),
-]
+    )
+
+
+Groups = Annotated[tuple[Group, ...], _listed(Group, "tasks")]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ class Stage:
         _require(self.truncation >= 1, f"{where}: truncation", self.truncation, ">= 1")
         _require(self.low >= 1, f"{where}: low", self.low, ">= 1")
         _require(self.low <= self.high < 2**31, f"{where}: high", self.high, f"low = {self.low} to 2^31 - 1")
+
+
+Stages = Annotated[tuple[Stage, ...], _listed(Stage, "stages")]
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class Run:
     objective: str = "mean"  # of an episode's meta-losses; or the "final" one, or the mean of the "last" ones
     last_steps: int = 50  # inner steps of objective "last"
     normalise: str = "none"  # or divide meta-losses by the loss at "init", or by the group's "reference" loss
-    stages: tuple[Stage, ...] = ()  # curriculum: later horizons and truncations, by growing start
+    stages: Stages = ()  # curriculum: later horizons and truncations, by growing start
     validation: Validation = Validation()
     meta_optimizer: MetaOptimizer = MetaOptimizer()
     meta_steps: int = 1000

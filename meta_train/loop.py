@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+# Meta-steps that are queued at most. The device is busy with two; with forty of them on a CPU's devices, the all-reduce
+# of one waits for ever for threads that others hold.
+AHEAD = 4
+
+
 class Meter:
     """What meta-steps measured since the last line, and how fast they were."""
 
@@ -50,10 +55,15 @@ class Meter:
         self._since = time.monotonic()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Of one more meta-step; waits for the one AHEAD before it."""
         self._pending.append(metrics)
+        if len(self._pending) > AHEAD:
+            jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def line(self) -> dict[str, float]:
-        """A line of the record; waits for the device and begins anew."""
+        """A line of the record, empty if there is nothing new; waits for the device and begins anew."""
+        if not self._pending:
+            return {}
         line = _summary(jax.device_get(self._pending))
         now = time.monotonic()
         line["inner_steps_per_second"] = round(line["inner_steps"] / (now - self._since))
@@ -97,8 +107,9 @@ def train(
         at = begin = max(at, 0)
         meter = Meter()
         while at < run.meta_steps and not came:
-            if profile and at - begin == PROFILED[0]:
+            if profile and at - begin == min(PROFILED[0], run.meta_steps - begin - 1):
                 jax.profiler.start_trace(str(folder / "profile"))
+                last.callback(_end_trace)
             # What has no part in a meta-step is kept out of its program, whose bits it could change.
             moved, metrics = program.at(at).meta_step(program.feed(at), state._replace(best=()))
             state = moved._replace(best=state.best)
@@ -106,10 +117,16 @@ def train(
             at += 1
             if profile and at - begin == PROFILED[1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                _end_trace()
             line: dict[str, float] = {}
-            # Waiting for the device only here keeps it busy in between.
-            if at % run.log_every == 0 or at == run.meta_steps:
+            # All processes stop at the same meta-step, whichever of them was told to.
+            if not distributed.several():
+                came = stop()
+            elif at % run.log_every == 0:
+                came = distributed.most(stop())
+            save = at % run.checkpoint_every == 0 or at == run.meta_steps or came
+            # A line with each checkpoint too: what was measured and not written would be lost to who resumes there.
+            if at % run.log_every == 0 or save:
                 line = meter.line()
                 loss, notes[0] = line["meta_loss"], _progress(line)
             if validate and (at % run.validation.every == 0 or at == run.meta_steps):
@@ -125,16 +142,16 @@ def train(
                 _refuse_divergence(run, at, line)
             if line:
                 report(at, "".join(notes))
-            # All processes stop at the same meta-step, whichever of them was told to.
-            if not distributed.several():
-                came = stop()
-            elif at % run.log_every == 0:
-                came = distributed.most(stop())
-            if at % run.checkpoint_every == 0 or at == run.meta_steps or came:
+            if save:
                 whole = program.gather(state)
                 if checkpoints:
                     checkpoints.save(at, whole, loss)
     return state, came if at < run.meta_steps else 0
+
+
+def _end_trace() -> None:
+    with suppress(RuntimeError):  # it has ended
+        jax.profiler.stop_trace()
 
 
 def _restore(
@@ -164,7 +181,8 @@ def _restore(
 
 def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float]) -> None:
     """Stop a run most of whose meta-gradients are lost. Raises ValueError naming the groups."""
-    if line["skipped"] <= max(10, run.skip_limit * at):
+    patience = min(10, at - 1)  # a few at the start are no share yet, unless they are all there were
+    if line["skipped"] <= max(patience, run.skip_limit * at):
         return
     lost = [f"{g.family} ({i})" for i, g in enumerate(run.groups) if line[f"skipped/{i}"]]
     raise ValueError(

@@ -80,8 +80,16 @@ def _schedule(spec: cfg.MetaOptimizer, updates: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, spec.lr, warmup), rest], [warmup]) if warmup else rest
 
 
+# They want a number for a learning rate, or more than gradients.
+UNFIT = ("lbfgs", "optimistic_adam", "rprop", "scale_by_rprop", "sm3")
+
+
 def _by_name(spec: cfg.MetaOptimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    names = [name for name in dir(optax) if _takes_learning_rate(getattr(optax, name))]
+    names = [
+        name
+        for name in dir(optax)
+        if _takes_learning_rate(getattr(optax, name)) and name not in UNFIT and not name.startswith("_")
+    ]
     if spec.name not in names:
         raise unknown("config.meta_optimizer.name", "optimizer", spec.name, names)
     factory = getattr(optax, spec.name)

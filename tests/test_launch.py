@@ -65,6 +65,11 @@ def failure(capsys, *arguments: str) -> str:
             ["quickstart", "--compare", "quikstart"],
             "config.compare: unknown suite 'quikstart'; valid: digits, quickstart",
         ),
+        (
+            ["quickstart", "--stages", '[{"start": 9, "low": 60, "high": 50, "truncation": 5}]'],
+            "stage from meta-step 9: high, got 50; valid: low = 60 to 2^31 - 1",
+        ),
+        (["quickstart", "--meta-optimizer.name", "lbfgs"], "config.meta_optimizer.name: unknown optimizer 'lbfgs'"),
         (["quickstart", "--groups.0.processes", "1"], "config.groups.0.processes, got 1; valid: 0 to 0"),
         (
             ["quickstart", "--validation.tasks", '[{"family": "image_mlp", "settings": {"data": "digits"}}]'],
@@ -183,6 +188,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, tmp_path, monke
     out = capsys.readouterr().out
     for says in (
         "group image_mlp: 310 params (",
+        "pairs use 2 of 8 devices; a multiple of 8 uses all",
         "compiled in ",
         " MiB",
         " inner steps/s",

@@ -60,6 +60,20 @@ def test_groups_are_averaged_by_weight():
     assert abs(metrics["meta_loss/0"] - metrics["meta_loss/1"]) > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # of shapes alone, which lie on no device
+def test_what_differs_in_phi_alone_is_one_program():
+    def loops(*groups: Group) -> int:
+        program = loop.build(dataclasses.replace(SMALL, groups=groups))
+        return program.meta_step.lower(program.data, program.shapes).as_text().count("stablehlo.while")
+
+    def images(*data: str, width: int = 4) -> Group:
+        return Group("image_mlp", {"data": list(data), "hidden": [width], "batch_size": 8})
+
+    one = loops(images("digits"))
+    assert loops(images("digits", "mnist5k")) == one  # data sets of one shape: phi says which
+    assert loops(images("digits"), images("digits", width=5)) == 2 * one
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     program = loop.build(SMALL)
     state = program.init()

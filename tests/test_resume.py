@@ -190,3 +190,13 @@ def test_every_estimator_resumes_bit_for_bit(tmp_path, name):
     assert (at, remarks) == (3, [])
     assert digest(go_on(program.place(saved), at, 5)) == whole
     assert [stage.meta_step._cache_size() for stage in program.stages] == [1] * (2 if staged else 1)
+
+
+def test_a_long_silence_ends_and_every_meta_step_is_in_the_record(tmp_path):
+    """Forty meta-steps in the queue of two devices once waited for each other for ever."""
+    arguments = [*ARGUMENTS, "--out", "run", "--log-every", "100", "--checkpoint-every", "70"]
+    code, out = finish(launch(*arguments, cwd=tmp_path))
+    assert code == 0, out
+    lines = loop.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [70, 100, META_STEPS]
+    assert sum(line["inner_steps"] for line in lines) == META_STEPS * 2 * 2 * 5  # pairs, signs, truncation

@@ -285,3 +285,20 @@ def descend(
     """u = -lr · (direction + weight_decay · p), the decay decoupled."""
     decayed = optax.add_decayed_weights(weight_decay)
     return in_float32(optax.chain(direction, decayed, optax.scale_by_learning_rate(learning_rate)))
+
+
+@jax.custom_batching.sequential_vmap
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors as columns, one matrix at a time also under vmap.
+
+    jaxlib's LAPACK spreads a batch over the threads that run programs. Where several devices share them, as on a CPU,
+    each waits for the threads of the other.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
+
+
+@jax.custom_batching.sequential_vmap
+def orthogonal(matrix: jax.Array) -> jax.Array:
+    """Q of a matrix' QR decomposition; one at a time, see `eigh`."""
+    return jnp.linalg.qr(matrix)[0]

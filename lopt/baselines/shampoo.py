@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt.base import positive
-from lopt.baselines.base import Rate, average, decay, define, descend, per_tensor, rate, when
+from lopt.baselines.base import Rate, average, decay, define, descend, eigh, per_tensor, rate, when
 
 
 class Sides(NamedTuple):
@@ -135,7 +135,7 @@ def inverse_root(matrices: Any, power: float, ridge: Any) -> Any:
     """(A + ridge · its largest eigenvalue)^power of symmetric A [B, d, d]; 0 where A is 0."""
     if not matrices.shape[-1]:
         return matrices
-    values, vectors = jnp.linalg.eigh(matrices)
+    values, vectors = jax.vmap(eigh)(matrices)
     largest = values[:, -1:]
     scaled = jnp.maximum(values, 0.0) + ridge * largest
     roots = jnp.where(largest > 0, jnp.where(scaled > 0, scaled, 1.0) ** power, 0.0)

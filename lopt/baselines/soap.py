@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt.base import positive
-from lopt.baselines.base import Rate, average, decay, define, descend, per_tensor, rate, when
+from lopt.baselines.base import Rate, average, decay, define, descend, eigh, orthogonal, per_tensor, rate, when
 
 
 class State(NamedTuple):
@@ -108,7 +108,7 @@ def out_of(x: Any, bases: dict[str, Any]) -> Any:
 
 def eigenbasis(matrix: Any) -> Any:
     """Eigenvectors as columns, of the largest eigenvalue first."""
-    return jnp.linalg.eigh(matrix)[1][:, ::-1]
+    return eigh(matrix)[1][:, ::-1]
 
 
 def turned(v: Any, grams: dict[str, Any], bases: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -118,7 +118,7 @@ def turned(v: Any, grams: dict[str, Any], bases: dict[str, Any]) -> tuple[Any, d
         power = grams[k] @ q
         order = jnp.argsort(jnp.sum(q * power, axis=0), descending=True)
         v = jnp.take(v, order, axis=int(k))
-        after[k] = jnp.linalg.qr(power[:, order])[0]
+        after[k] = orthogonal(power[:, order])
     return v, after
 
 
