@@ -92,7 +92,7 @@ def _listed(kind: Any, name: str) -> Any:
     )
 
 
-Groups = Annotated[tuple[Group, ...], _listed(Group, "tasks")]
+Groups = Annotated[tuple[Group, ...], _listed(Group, "validation.tasks")]
 
 
 @dataclass(frozen=True)
@@ -326,10 +326,14 @@ def command(run: Run) -> str:
     """The `lopt-train` command of a run: its named config, and the keys that were changed."""
     if run.name not in named():
         return "lopt-train with the config under `provenance` in config.json"
-    words, default = ["lopt-train", run.name], _flat(load(run.name).to_json())
+    words, like = ["lopt-train", run.name], load(run.name)
+    if len(run.groups) != len(like.groups):
+        words += [word for group in run.groups for word in ("--task", group.family)]
+        like = dataclasses.replace(like, groups=tuple(Group(group.family) for group in run.groups))
+    default = _flat(like.to_json())
     for key, value in _flat(run.to_json()).items():
         if default.get(key, value) != value or key not in default:
-            value = json.dumps(value) if isinstance(value, dict) or key == "validation.tasks" else value
+            value = json.dumps(value) if isinstance(value, dict) or key in ("stages", "validation.tasks") else value
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{key.replace('_', '-')}")
                 continue
@@ -343,7 +347,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if key == "groups":
             out |= _flat({str(i): group for i, group in enumerate(value)}, f"{prefix}groups.")
-        elif isinstance(value, dict) and not key.endswith("settings"):
+        elif isinstance(value, dict) and not key.endswith(("settings", "std_parts")):
             out |= _flat(value, f"{prefix}{key}.")
         elif key not in (*NO_RESULT, "processes"):
             out[prefix + key] = value

@@ -10,6 +10,7 @@ Source: Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3".
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,13 +40,12 @@ def threefry(key: UInt32[Array, " 2"], high: UInt32[Array, "*S"], low: UInt32[Ar
 
 def _counters(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Numbers of the elements: high and low words."""
-    size = 1
-    low = jnp.zeros(shape, jnp.uint32)
+    if math.prod(shape) > 2**32:
+        raise ValueError(f"meta_train.draws: got an array of shape {shape}; valid: at most 2**32 numbers in a draw.")
+    size, low = 1, jnp.zeros(shape, jnp.uint32)
     for axis in reversed(range(len(shape))):
         low = low + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(size)
-        size *= shape[axis]
-    if size > 2**32:
-        raise ValueError(f"meta_train.draws: got an array of shape {shape}; valid: at most 2**32 numbers in a draw.")
+        size = size * shape[axis] % 2**32
     return jnp.zeros(shape, jnp.uint32), low
 
 

@@ -33,6 +33,8 @@ DEFAULT = "quickstart"  # config of `lopt-train --task ...`
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
        lopt-train --task package.module:function ...  the same with a task of one's own, by the quickstart's recipe
+       lopt-train CONFIG ... --dry-run                shapes, memory, speed, how long it would take; writes nothing
+       lopt-train CONFIG ... --profile                with a JAX trace of some meta-steps in the run directory
        lopt-train resume DIR                          go on after an interruption
        lopt-train export DIR [--to DIR] [--last]      write the artifact of the newest checkpoint: the best theta
                                                       where there is meta-validation, or the last one

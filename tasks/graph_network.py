@@ -70,7 +70,8 @@ def load(name: str) -> tuple[Graph, int, tuple[int, ...], Source]:
     """A graph, its number of classes, where its splits begin and end in `order`, and its source.
 
     karate_club: 2 classes, features are who the node is. block_model: 4 communities of 40 nodes, 12 % of the pairs
-    within and 2 % of those between are linked, features are normal about one of 4 unit-distance means (seed 0).
+    within and 2 % of those between are linked, features are uniform, of variance 1, about one of 4 unit vectors (by
+    seed 0).
     """
     if name == "karate_club":
         label = np.array([int(one) for one in OFFICER])

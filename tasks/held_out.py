@@ -106,15 +106,19 @@ def _known_rows(length: int, dtype: Any = None) -> dict[str, np.ndarray]:
     Args:
       dtype: a type of 16 bits, whose rounding depends on the unit: hashes are those of pixels in [0, 1], in ± 1 and as
         bytes. None: of any other.
+
+    Height and width may be swapped, and channels may come first.
     """
     known = {}
     for name in set(HELD_OUT.data) & set(data.POOLING):
         channels = data.channels(name)
         for size in data.POOLING[name]:
             if size * size * channels == length:
-                x = data.images(name, size).x.reshape(-1, length)
+                x = data.images(name, size).x.reshape(-1, size, size, channels)
                 units = (x,) if dtype is None else [unit.astype(dtype) for unit in (x, 2 * x - 1, 255 * x)]
-                known[name] = np.concatenate([fingerprints(unit) for unit in units])
+                orders = [(0, 1, 2, 3), (0, 2, 1, 3), *([(0, 3, 1, 2), (0, 3, 2, 1)] if channels > 1 else [])]
+                rows = [unit.transpose(order).reshape(-1, length) for unit in units for order in orders]
+                known[name] = np.concatenate([fingerprints(one) for one in rows])
     return known
 
 
@@ -138,7 +142,7 @@ def inside(tree: Any) -> tuple[str, ...]:
             if known and leaf.size:
                 rows = np.asarray(leaf).reshape(-1, math.prod(leaf.shape[axis:]))
                 hashes = fingerprints(rows[:: -(-len(rows) // MOST_ROWS)])
-                found |= {name for name, theirs in known.items() if _share(hashes, theirs) > SHARE}
+                found |= {name for name, theirs in known.items() if _share(hashes, theirs) >= SHARE}
         if np.issubdtype(leaf.dtype, np.integer) and leaf.size >= 4 * WINDOW:
             tokens = np.asarray(leaf).reshape(-1)
             if len(tokens) > MOST_TOKENS:  # some pages of each part
@@ -146,7 +150,7 @@ def inside(tree: Any) -> tuple[str, ...]:
                 tokens = pages[:: -(-len(tokens) // MOST_TOKENS)].reshape(-1)
             if len(np.unique(tokens)) >= LEAST_TOKENS:
                 hashes = passages(tokens)
-                found |= {name for name, theirs in _known_passages().items() if _share(hashes, theirs) > SHARE}
+                found |= {name for name, theirs in _known_passages().items() if _share(hashes, theirs) >= SHARE}
     return tuple(sorted(found))
 
 
@@ -226,7 +230,7 @@ def _reach(root: Any) -> Iterator[Any]:
 def _held_by(one: Any) -> list[Any]:
     """What one object has hold of itself."""
     if isinstance(one, types.FunctionType):
-        return [] if _package(one) in LIBRARIES else _held_by_function(one)
+        return _given(one) if _package(one) in LIBRARIES else _held_by_function(one)
     if isinstance(one, functools.partial):
         return [one.func, *one.args, *one.keywords.values(), *vars(one).values()]
     if isinstance(one, types.MethodType):
@@ -250,6 +254,12 @@ def _held_by(one: Any) -> list[Any]:
         names = [name for slot in slots for name in ([slot] if isinstance(slot, str) else slot)]
         held += [getattr(one, name) for name in names if hasattr(one, name)]
     return held
+
+
+def _given(one: types.FunctionType) -> list[Any]:
+    """Functions in a library function's closure: what it was called with, as haiku keeps what it transforms."""
+    held = [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
+    return [x for x in held if isinstance(x, types.FunctionType | types.MethodType | functools.partial)]
 
 
 def _held_by_function(one: types.FunctionType) -> list[Any]:

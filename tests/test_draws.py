@@ -54,5 +54,6 @@ def test_the_hash_is_no_loop():
 
 
 def test_draws_that_are_too_large_are_refused():
-    with pytest.raises(ValueError, match=r"at most 2\*\*32"):
-        jax.eval_shape(lambda: draws._counters((2**17, 2**16)))
+    for shape in ((2**17, 2**16), (2, 2**17, 2**16)):
+        with pytest.raises(ValueError, match=r"at most 2\*\*32"):
+            jax.eval_shape(lambda shape=shape: draws._counters(shape))

@@ -193,6 +193,19 @@ def test_a_family_is_recognised_inside_objects_of_a_user(hidden):
     assert not held_out.touched(plain(())._replace(loss=hidden(tasks.make("image_mlp"))))
 
 
+def test_what_a_function_of_haiku_uses_is_found():
+    hk = pytest.importorskip("haiku")
+    vit, held = tasks.make("vit", width=8, depth=1), data.images("fashion10k", 8)
+
+    def forward(x):
+        assert vit
+        return hk.Linear(2)(x) + held.x[0, 0, 0]
+
+    rows = np.zeros((40, 3), np.float32), np.zeros(40, np.int32)
+    task = tasks.from_haiku(forward, lambda out, y: jnp.mean(out), {"train": rows, "validation": rows, "test": rows})
+    assert held_out.touched(task) == ["data fashion10k", "family vit"]
+
+
 def test_data_is_recognised_inside_closures():
     clothes, digits = data.images("fashion10k", 8), data.images("digits", 8)
 
@@ -231,9 +244,10 @@ def test_every_family_that_may_be_meta_trained_on_has_draws_that_are():
         lambda x: x[::-7],
         lambda x: x.reshape(len(x), -1),
         lambda x: x[:6000].reshape(20, 300, *x.shape[1:], 1),
-        lambda x: np.concatenate([x[:500], np.random.default_rng(0).random((9500, *x.shape[1:]), np.float32)]),
+        lambda x: x.swapaxes(1, 2),
+        lambda x: np.concatenate([x[:100], np.random.default_rng(0).random((9900, *x.shape[1:]), np.float32)]),
     ],
-    ids=["as it is", "standardised", "bytes", "a part", "flat", "batches", "among others"],
+    ids=["as it is", "standardised", "bytes", "a part", "flat", "batches", "lying", "among others"],
 )
 def test_images_are_recognised_by_content(change):
     assert held_out.inside({"user": [change(data.images("fashion10k", 28).x)]}) == ("fashion10k",)
@@ -241,7 +255,9 @@ def test_images_are_recognised_by_content(change):
 
 @pytest.mark.parametrize("size", data.POOLING["rgb_patches"])
 def test_images_are_recognised_at_every_size(size):
-    assert held_out.inside(jnp.asarray(2 * data.images("rgb_patches", size).x - 1)) == ("rgb_patches",)
+    x = data.images("rgb_patches", size).x
+    assert held_out.inside(jnp.asarray(2 * x - 1)) == ("rgb_patches",)
+    assert held_out.inside(np.moveaxis(x, -1, 1)) == ("rgb_patches",)  # channels first
 
 
 def test_text_is_recognised_by_content():

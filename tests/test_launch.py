@@ -214,6 +214,20 @@ def test_the_command_of_a_run_makes_it_again():
     assert cfg.command(cfg.load("quickstart")) == "lopt-train quickstart"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--stages", '[{"start": 9, "low": 60, "high": 90, "truncation": 5}]'],
+        ["--estimator.std-parts", '{"mlp": 0.05}'],
+        ["--task", "image_mlp", "--task", "cnn", "--groups.1.settings", '{"data": "digits"}', "--groups.1.weight", "2"],
+        ["--validation.tasks", '[{"family": "tabular_mlp"}]'],
+    ],
+)
+def test_so_it_does_with_lists_and_mixtures(words):
+    run = launch.parse("quickstart", words).run
+    assert launch.parse("quickstart", shlex.split(cfg.command(run))[2:]).run.identity() == run.identity()
+
+
 def test_a_run_carries_what_it_started_at(capsys, tmp_path, monkeypatch):
     """And goes on where that is gone; a setting that is not the start's is said."""
     import shutil

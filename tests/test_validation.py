@@ -171,7 +171,7 @@ def test_tasks_of_other_shapes_are_not_refused():
     [
         (["--validation.every", "0"], "validation.every, got 0; valid: 1 to 2^31 - 1"),
         (["--validation.seeds", "-1"], "validation.seeds, got -1"),
-        (["--validation.tasks", '{"family": "cnn"}'], "a JSON list of groups"),
+        (["--validation.tasks", '{"family": "cnn"}'], "a JSON list of objects"),
         (["--validation.tasks", '[{"famly": "cnn"}]'], "Did you mean 'family'"),
         (["--validation.tasks", '[{"family": "cnn", "processes": [0]}]'], "all processes hold them"),
     ],
