@@ -163,14 +163,14 @@ def _values(task: Task) -> Iterator[str]:
 
     keys = jax.random.split(jax.random.key(0), 2)
     traced = _guard("its step", jax.make_jaxpr(step), keys[0], task.data)
-    baked = sum(math.prod(np.shape(constant)) for constant in traced.consts)
+    baked = sum(math.prod(np.shape(constant)) for constant in _constants(traced))
     if baked > MAX_CONSTANTS:
         yield (
             f"{baked:,} numbers are closed over and would be copied into every compiled program; valid: pass them in "
             "`data`, which the functions receive as an argument"
         )
     again = jax.make_jaxpr(lambda *given: step(*given))(keys[0], task.data)  # a new function is traced anew
-    constants = zip(traced.consts, again.consts, strict=False)
+    constants = zip(_constants(traced), _constants(again), strict=False)
     same = str(traced) == str(again) and all(np.array_equal(a, b, equal_nan=True) for a, b in constants)
     if not same:
         yield "the same key gives another result when traced again; valid: randomness from the key alone, no NumPy's"
@@ -182,6 +182,16 @@ def _values(task: Task) -> Iterator[str]:
                 yield f"{name}{jax.tree_util.keystr(path)} is not finite at init; valid: finite numbers"
     if all(not np.any(leaf) for leaf in jax.tree.leaves(grad)):
         yield "the gradient at init is zero everywhere; valid: a loss that depends on params"
+
+
+def _constants(traced: Any) -> Iterator[Any]:
+    """What a trace has closed over, its jitted functions too."""
+    yield from traced.consts
+    for equation in traced.jaxpr.eqns:
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr"))
+        for part in parts:
+            if hasattr(part, "jaxpr") and hasattr(part, "consts"):
+                yield from _constants(part)
 
 
 def _shapes(where: str, function: Callable[..., Any], *arguments: Any) -> Any:

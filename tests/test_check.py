@@ -104,6 +104,10 @@ def test_a_reduced_batch_passes():
             "128,000 numbers are closed over and would be copied into every compiled program",
         ),
         (
+            {"batch": lambda key, phi, data, split: jax.jit(lambda: jnp.asarray(np.tile(ROWS, (1000, 1))))()[:8]},
+            "128,000 numbers are closed over and would be copied into every compiled program",
+        ),
+        (
             {"batch": lambda key, phi, data, split: data[:8] if split == "train" else data[:8, :2]},
             r"batch: the validation split has shape float32\[8, 2\]; valid: rows of shape float32\[8, 4\], as train",
         ),
