@@ -248,8 +248,9 @@ def result() -> compare.Result:
 def test_all_optimizers_start_from_the_same_weights(result):
     for split in runs.CURVES:
         starts = np.stack([row.losses[split][:, 0] for row in result.rows])
-        np.testing.assert_array_equal(starts, np.broadcast_to(starts[0], starts.shape))
-        assert len(set(starts[0])) == 2  # not those of the other seed
+        # Each optimizer is a program of its own, which may add up a loss in another order.
+        np.testing.assert_allclose(starts, np.broadcast_to(starts[0], starts.shape), rtol=1e-6)
+        assert abs(starts[0, 0] - starts[0, 1]) > 1e-3  # not those of the other seed
     assert [row.name for row in result.rows] == ["lazy", compare.TUNED, compare.HALF, compare.UNTUNED]
 
 
