@@ -101,8 +101,10 @@ def test_every_rank_in_blocks(shape, monkeypatch):
     ("name", "block"),
     [
         ("small_fc", 24),
-        ("velo", WHOLE),
-        *(pytest.param(*xs, marks=pytest.mark.slow) for xs in (("celo2", 24), ("celo2", WHOLE), ("velo", 24))),
+        *(
+            pytest.param(*xs, marks=pytest.mark.slow)
+            for xs in (("celo2", 24), ("celo2", WHOLE), ("velo", 24), ("velo", WHOLE))
+        ),
     ],
 )
 def test_stacks_change_nothing(name, block, monkeypatch):

@@ -223,6 +223,11 @@ def test_sharded_params_give_the_unsharded_result(name):
     close(ours, update(grads, params), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=() if one in ("celo2", "tiny", "velo") else pytest.mark.slow) for one in RULES],
+    indirect=True,
+)
 def test_what_is_bound_may_be_traced_on_a_mesh_with_explicit_axes(name):
     """As a training loop has it: a state made eagerly, then jitted steps; no type changes from step to step."""
     rule, theta = built(name)
