@@ -162,12 +162,13 @@ def factors(acc: Accumulators, mean: Array | None) -> Factored:
     """rsqrt(row / mean row) and rsqrt(col); rank < 2 (mean is None): rsqrt of the full average."""
     if acc.col is None or mean is None:
         return Factored([safe_rsqrt(row + 1e-9) for row in acc.row], None)
-    row, col = acc.row, acc.col  # tuples where they are as long as a tensor in blocks, else one kernel for all
-    if isinstance(row, tuple):
-        row = [safe_rsqrt(x / (of_all + 1e-9)) for x, of_all in zip(row, mean, strict=True)]
-    else:
-        row = safe_rsqrt(row / (mean + 1e-9))
-    return Factored(row, [safe_rsqrt(x) for x in col] if isinstance(col, tuple) else safe_rsqrt(col))
+    row = each(lambda x, of_all: safe_rsqrt(x / (of_all + 1e-9)), acc.row, mean)
+    return Factored(row, each(safe_rsqrt, acc.col))
+
+
+def each(f: Callable[..., Array], *xs: Any) -> Any:
+    """f of D arrays: of a tuple, which averages as long as a tensor in blocks are, one by one, else in one kernel."""
+    return [f(*x) for x in zip(*xs, strict=True)] if isinstance(xs[0], tuple) else f(*xs)
 
 
 def factored_gradient(g: Array, f: Factored) -> list[Array]:
@@ -184,8 +185,7 @@ def factored_momenta(acc: Accumulators, f: Factored, eps: float) -> list[Array]:
 
 
 def rsqrt_all(xs: Array | tuple[Array, ...], eps: float) -> list[Array]:
-    """Of D arrays, at once if they are one."""
-    return [jax.lax.rsqrt(x + eps) for x in xs] if isinstance(xs, tuple) else list(jax.lax.rsqrt(xs + eps))
+    return list(each(lambda x: jax.lax.rsqrt(x + eps), xs))
 
 
 def time_features(count: Array) -> Float[Array, " 11"]:

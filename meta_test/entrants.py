@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 import lopt
+import tasks
 from lopt import baselines
 from lopt.baselines.base import Baseline
 from lopt.pretrained import CONFIG, find
@@ -113,20 +111,11 @@ def _is_numeric(one: Any) -> bool:
 
 
 def _own(spec: str) -> Entrant:
-    module, _, name = spec.partition(":")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        held = importlib.import_module(module)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"lopt-eval: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
-        ) from error
-    function = getattr(held, name, None)
+    held, function = tasks.imported(spec, "lopt-eval")
     if isinstance(function, Baseline):
         return of_baseline(function)._replace(name=spec, version=_digest(held))
     if not callable(function):
+        module, _, name = spec.partition(":")
         raise ValueError(f"lopt-eval: {spec}: {module} has no function {name!r}; valid: package.module:function.")
     told = "num_steps" in inspect.signature(function).parameters
 

@@ -11,7 +11,7 @@ import numpy as np
 from lopt.console import span
 from meta_train import artifact
 from meta_train import config as cfg
-from meta_train.program import Program, param_shapes
+from meta_train.program import Program, param_shapes, usable_devices
 
 SECONDS = 5.0  # of meta-steps to measure, at least three
 
@@ -19,8 +19,9 @@ SECONDS = 5.0  # of meta-steps to measure, at least three
 def report(run: cfg.Run, program: Program) -> Iterator[str]:
     """Lines, each as soon as it is known. Compiles the meta-step and runs it for some seconds."""
     yield f"{run.name}: rule {run.rule}, {artifact.count(program.rule)} meta-parameters, {program.layout}"
-    if (available := jax.device_count()) > (used := int(program.layout.split()[0])):
-        yield f"  {run.estimator.pairs} pairs use {used} of {available} devices; a multiple of {available} uses all"
+    pairs, available = run.estimator.pairs, jax.device_count()
+    if (used := usable_devices(pairs, available)) < available:
+        yield f"  {pairs} pairs use {used} of {available} devices; a multiple of {available} uses all"
     for group, shapes in zip(run.groups, param_shapes(run), strict=True):
         size = sum(int(np.prod(shape)) for shape in shapes.values())
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -61,9 +61,7 @@ class Meter:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def line(self) -> dict[str, float]:
-        """A line of the record, empty if there is nothing new; waits for the device and begins anew."""
-        if not self._pending:
-            return {}
+        """A line of the record; waits for the device and begins anew."""
         line = _summary(jax.device_get(self._pending))
         now = time.monotonic()
         line["inner_steps_per_second"] = round(line["inner_steps"] / (now - self._since))

@@ -356,7 +356,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
 def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:
     """A mesh of all devices of all processes, or in one process of as many as the pairs divide over; who holds what."""
     available, pairs = jax.device_count(), run.estimator.pairs
-    devices = jax.devices()[: _devices(pairs, available)]
+    devices = jax.devices()[: usable_devices(pairs, available)]
     some = any(group.processes for group in run.groups)
     each = placement.equal_devices() if some else 0
     placed = placement.place(run.groups, pairs, jax.process_count(), jax.process_index(), each)
@@ -449,6 +449,6 @@ def param_shapes(run: cfg.Run) -> list[dict[str, tuple[int, ...]]]:
     return [_param_shapes(tasks.make(group.family, **group.settings)) for group in run.groups]
 
 
-def _devices(pairs: int, available: int) -> int:
+def usable_devices(pairs: int, available: int) -> int:
     """The largest number of devices over which the pairs divide evenly."""
     return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -176,6 +177,19 @@ def _factory(family: str) -> Callable[..., Any]:
 
 def _own(spec: str) -> Callable[..., Any]:
     """A user's factory. Raises ValueError for a module or a function that is not there or cannot be imported."""
+    held, factory = imported(spec, "tasks.make")
+    if not callable(factory):
+        module, _, name = spec.partition(":")
+        near = [n for n in vars(held) if callable(getattr(held, n)) and not n.startswith("_")]
+        raise ValueError(f"tasks.make: {spec}: {module} has no function {name!r}; valid: {', '.join(near) or 'none'}.")
+    return factory
+
+
+def imported(spec: str, where: str) -> tuple[types.ModuleType, Any]:
+    """The module of `module:name`, also one in the current directory, and what it has of that name, None without.
+
+    Raises ValueError, beginning with `where`, if it cannot be imported.
+    """
     module, _, name = spec.partition(":")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -184,13 +198,9 @@ def _own(spec: str) -> Callable[..., Any]:
         held = importlib.import_module(module)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"tasks.make: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
+            f"{where}: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
         ) from error
-    factory = getattr(held, name, None)
-    if not callable(factory):
-        near = [n for n in vars(held) if callable(getattr(held, n)) and not n.startswith("_")]
-        raise ValueError(f"tasks.make: {spec}: {module} has no function {name!r}; valid: {', '.join(near) or 'none'}.")
-    return factory
+    return held, getattr(held, name, None)
 
 
 def sample_settings(family: str, seed: int) -> dict[str, Any]:

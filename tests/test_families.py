@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import tasks
-from tasks import SPLITS, data
+from tasks import SPLITS, checks, data
 from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
@@ -223,14 +223,7 @@ def constants(task) -> int:
         phi, *rest = begin(task, key, held)
         return rest, task.eval_batches(phi, held, "test") if task.eval_batches else ()
 
-    def count(closed):
-        total = sum(np.size(const) for const in closed.consts)
-        for equation in closed.jaxpr.eqns:
-            subs = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr"))
-            total += sum(count(sub) for sub in subs if hasattr(sub, "jaxpr") and hasattr(sub, "consts"))
-        return total
-
-    return count(jax.make_jaxpr(jax.jit(everything))(KEYS[2], task.data))
+    return sum(np.size(const) for const in checks._constants(jax.make_jaxpr(jax.jit(everything))(KEYS[2], task.data)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

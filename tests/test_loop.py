@@ -40,7 +40,7 @@ def test_the_layout_of_devices_does_not_matter(monkeypatch):
     assert len(jax.devices()) >= 4
     wide, _ = steps(SMALL, 3)
     assert len(wide.estimators[0].xi.sharding.device_set) == 4
-    monkeypatch.setattr(program_module, "_devices", lambda pairs, available: 1)
+    monkeypatch.setattr(program_module, "usable_devices", lambda pairs, available: 1)
     narrow, _ = steps(SMALL, 3)
     assert len(narrow.estimators[0].xi.sharding.device_set) == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), wide.theta, narrow.theta)
@@ -49,7 +49,7 @@ def test_the_layout_of_devices_does_not_matter(monkeypatch):
 
 @pytest.mark.parametrize(("pairs", "available", "expected"), [(8, 2, 2), (3, 2, 1), (6, 4, 3), (1, 8, 1), (8, 8, 8)])
 def test_pairs_divide_over_devices(pairs, available, expected):
-    assert program_module._devices(pairs, available) == expected
+    assert program_module.usable_devices(pairs, available) == expected
 
 
 def test_groups_are_averaged_by_weight():
