@@ -50,6 +50,7 @@ LEAST_TOKENS = 24  # different ones in a text: fewer are labels
 # Whose functions are not followed: what they hold is theirs.
 LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools", "orbax", "grain", "scipy"}
 LIBRARIES |= {"matplotlib", "pandas", "PIL", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
+LIBRARIES |= {"_pytest"}  # an assert that it rewrote names it, and it has hold of every test
 STANDARD = LIBRARIES | sys.stdlib_module_names - {"__main__"}  # whose objects hold no task of a user's
 
 
