@@ -92,6 +92,9 @@ def _suite_parsers(commands: Any) -> None:
         "--steps", type=int, default=500, metavar="T", help="unless the axis is it (default: %(default)s)"
     )
     sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
+    sweep.add_argument(
+        "--mup", action="store_true", help="with --axis width: also under the maximal-update parametrisation"
+    )
     sweep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
 
 

@@ -3,6 +3,9 @@
 Baselines are tuned by the grid at the first value and keep what was chosen: what the maximal-update parametrisation
 promises is that this still is good at the last (Yang et al., 2022, arXiv:2203.03466); learned optimizers are known to
 fail far from where they were trained (Metz et al., 2022, arXiv:2211.09760). Learned rules run untuned everywhere.
+
+With `--mup` every optimizer is run a second time under that parametrisation: the task scales its init and outputs from
+the first width (`mup_base`), and `lopt.mup.multipliers` multiply each tensor's update.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import tasks
+from lopt import mup
 from meta_test import drawing, metrics, tuning
 from meta_test.cells import Cell, rounded
 from meta_test.commands import entrants
@@ -29,6 +34,8 @@ from meta_test.suites import DEPTH, WIDTH, Problem
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from tasks.base import Task
 
 VALUES: dict[str, tuple[int, ...]] = {
     "width": (32, 64, 128, 256, 512),
@@ -78,11 +85,44 @@ def problems(family: str, axis: str, values: Sequence[int], num_steps: int) -> l
     ]
 
 
+def in_mup(axis: str, todo: Sequence[Problem]) -> list[Problem]:
+    """The same problems under the maximal-update parametrisation whose base is the first one's width.
+
+    Raises ValueError for another axis than width, and for a family without `mup_base`.
+    """
+    family = todo[0].family
+    if axis != "width" or "mup_base" not in inspect.signature(tasks._factory(family)).parameters:
+        raise ValueError(
+            f"lopt-eval sweep: --mup, got --axis {axis} of {family}; valid: --axis width of a family with mup_base, "
+            "e.g. image_mlp, transformer_lm."
+        )
+    (base,) = todo[0].settings.values()
+    return [one._replace(settings={**one.settings, "mup_base": base}) for one in todo]
+
+
+def _multiplied(entrant: Entrant, base: Task, target: Task) -> Entrant:
+    """Each tensor's update is multiplied as the parametrisation has it for Adam: hidden weights by base over fan-in."""
+    key = jax.random.key(0)
+    shapes, wide = (jax.eval_shape(lambda task=task: task.init(key, task.sample(key))) for task in (base, target))
+    factors = mup.multipliers(shapes, wide, "adam")
+    plain = entrant.contender.make
+
+    def scale(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda update, factor: factor * update, updates, factors)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return optax.chain(plain(*args, **kwargs), optax.stateless(scale))
+
+    return entrant._replace(contender=entrant.contender._replace(make=make))
+
+
 def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Callable[[str], None]) -> list[Line]:
     """Tune at the first problem, then run everywhere."""
+    scaled = "mup_base" in todo[0].settings
     made = [tasks.make(problem.family, **problem.settings) for problem in todo]
     out = []
     for entrant in who:
+        name = f"{entrant.name}, muP" if scaled else entrant.name
         point = tuning.Point({}, "constant")
         if entrant.tuned:
             bench = tuning.Bench(entrant, made[0], lambda updates: None)
@@ -90,13 +130,14 @@ def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Call
             point = found.points[tuning.choose(found, "validation")]
         finals = []
         for problem, task in zip(todo, made, strict=True):
-            say(f"{entrant.name}, {problem.note}")
-            bench = tuning.Bench(entrant, task, lambda updates: None)
+            say(f"{name}, {problem.note}")
+            here = _multiplied(entrant, made[0], task) if scaled else entrant
+            bench = tuning.Bench(here, task, lambda updates: None)
             steps = eval_steps(problem.num_steps)[-metrics.WINDOW :]
             curves = bench.run([point], range(seeds), problem.num_steps, steps, ())
             finals.append(metrics.final(curves.losses["validation"])[0])
         jax.clear_caches()
-        out.append(Line(entrant.name, point.describe() if entrant.tuned else "untuned", np.stack(finals)))
+        out.append(Line(name, point.describe() if entrant.tuned else "untuned", np.stack(finals)))
     return out
 
 
@@ -118,7 +159,9 @@ def sweep(args: argparse.Namespace) -> int:
     """The command."""
     values = parse(args.axis, args.values)
     todo, who = problems(args.family, args.axis, values, args.steps), entrants(args.optimizers)
-    found = lines(todo, who, args.seeds, lambda text: print(text, flush=True))
+    found, parametrisations = [], [todo, in_mup(args.axis, todo)] if args.mup else [todo]
+    for these in parametrisations:
+        found += lines(these, who, args.seeds, lambda text: print(text, flush=True))
     record = {
         "command": args.written,
         "machine": machine(),

@@ -668,6 +668,25 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "s/sweep.svg").read_text().startswith("<svg")
 
 
+def test_a_sweep_over_widths_in_mup():
+    todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
+    assert [one.settings["mup_base"] for one in todo] == [(4, 4), (4, 4)]
+    made = [tasks.make(one.family, **one.settings) for one in todo]
+    entrant = entrants.resolve("tests.test_evaluation:plain_sgd")
+    params = made[1].init(jax.random.key(0), made[1].sample(jax.random.key(1)))
+    plain, scaled = (
+        one.contender.make((), num_steps=10, cosine=False) for one in (entrant, sweep._multiplied(entrant, *made))
+    )
+    (a, _), (b, _) = (tx.update(params, tx.init(params), params) for tx in (plain, scaled))
+    ratios = jax.tree.map(lambda x, y: float(jnp.sum(x * y) / jnp.maximum(jnp.sum(x * x), 1e-9)), a, b)
+    assert {name: round(layer["w"], 5) for name, layer in ratios.items()} == {"layer0": 1, "layer1": 0.25, "layer2": 1}
+    (line,) = sweep.lines(todo, [entrant], 1, lambda text: None)
+    assert line.name == "tests.test_evaluation:plain_sgd, muP"
+    assert np.isfinite(line.finals).all()
+    with pytest.raises(ValueError, match="valid: --axis width of a family with mup_base"):
+        sweep.in_mup("depth", todo)
+
+
 def test_axes_of_a_sweep():
     assert sweep.settings_at("image_mlp", "width", 64) == {"hidden": (64, 64)}
     assert sweep.settings_at("image_mlp", "depth", 3) == {"hidden": (32, 32, 32)}

@@ -211,8 +211,7 @@ def test_a_rewritten_assert_does_not_lead_to_all_tests():
         assert params is not None
         return 0.0
 
-    modules = {type(one).__module__.split(".")[0] for one in held_out._reach(loss)}
-    assert "_pytest" not in modules and len(list(held_out._reach(loss))) < 10, modules
+    assert len(list(held_out._reach(loss))) < 10
 
 
 def test_data_is_recognised_inside_closures():
