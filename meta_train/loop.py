@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def train(
             if log and line:
                 log.write({"step": at, **line})
             if "meta_loss" in line:
-                _refuse_divergence(run, at, line)
+                _refuse_divergence(run, at, line, checkpoints.steps() if checkpoints else [])
             if line:
                 report(at, "".join(notes))
             if save:
@@ -177,16 +177,25 @@ def _restore(
     return program.place(saved), int(at)
 
 
-def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float]) -> None:
-    """Stop a run most of whose meta-gradients are lost. Raises ValueError naming the groups."""
+def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float], saved: Sequence[int] = ()) -> None:
+    """Stop a run too many of whose meta-gradients are lost. Raises ValueError naming the groups.
+
+    Args:
+      run: whose `skip_limit` it is.
+      at: meta-steps done.
+      line: of the record; `skipped` is their count so far.
+      saved: meta-steps of the checkpoints.
+    """
     patience = min(10, at - 1)  # a few at the start are no share yet, unless they are all there were
     if line["skipped"] <= max(patience, run.skip_limit * at):
         return
     lost = [f"{g.family} ({i})" for i, g in enumerate(run.groups) if line[f"skipped/{i}"]]
     raise ValueError(
         f"lopt-train: {line['skipped']:.0f} of {at} meta-gradients were not finite, more than skip_limit = "
-        f"{run.skip_limit} allows; lately of group {', '.join(lost) or 'none alone'}. The last checkpoint is good; "
-        "valid: a smaller meta_optimizer.lr or truncation, or other tasks."
+        f"{run.skip_limit} allows; lately of group {', '.join(lost) or 'none alone'}. They did not move theta. "
+        + (f"The newest checkpoint is of meta-step {saved[-1]}; " if saved else "No checkpoint was saved yet; ")
+        + "valid: a smaller meta_optimizer.lr or truncation, or other tasks, in a new run (init_from= starts at an "
+        "artifact's theta)."
     )
 
 

@@ -65,7 +65,7 @@ class Share(NamedTuple):
     apart: Any  # tuple, like theta, unweighted, of each group that several processes hold
     loss: jax.Array  # [G]
     norm: jax.Array  # [G] of the gradients of groups in `grad`
-    counts: jax.Array  # [3, G] int32: diverged, resets, inner updates
+    counts: jax.Array  # [4, G] int32: diverged, resets, inner updates, particles without a gradient
 
 
 def place(groups: Sequence[cfg.Group], pairs: int, processes: int, process: int, devices: int) -> Placement | None:
@@ -115,7 +115,7 @@ def equal_devices() -> int:
 
 
 def meet(share: Share, weights: Sequence[float], placement: Placement, norm: Callable[[Any], jax.Array]) -> Any:
-    """(gradient like theta, losses [G], norms [G], counts [3, G]) of the shares of all devices, on a leading axis."""
+    """(gradient like theta, losses [G], norms [G], counts [4, G]) of the shares of all devices, on a leading axis."""
     whole = jax.tree.map(lambda x: x.sum(0), share)  # the only thing that crosses the network
     grad, norms = whole.grad, whole.norm
     spread = [i for i in range(len(placement.holders)) if not placement.alone(i)]
@@ -139,12 +139,12 @@ def bring(
     """
     zeros, count = jax.tree.map(jnp.zeros_like, theta), len(placement.holders)
     grad, apart = zeros, []
-    loss, norm, counts = jnp.zeros(count), jnp.zeros(count), jnp.zeros((3, count), jnp.int32)
+    loss, norm, counts = jnp.zeros(count), jnp.zeros(count), jnp.zeros((4, count), jnp.int32)
     for i, held in enumerate(placement.holders):
         found = estimates.get(i)
         if found is not None:
             loss = loss.at[i].set(found.loss / len(held))
-            counts = counts.at[:, i].set(jnp.stack([found.diverged, found.resets, found.steps]))
+            counts = counts.at[:, i].set(jnp.stack([found.diverged, found.resets, found.steps, found.lost]))
         if not placement.alone(i):
             # A group's mean is that of its processes' means: all of them hold as many particles.
             apart.append(zeros if found is None else jax.tree.map(partial(_scaled, 1 / len(held)), found.grad))

@@ -198,9 +198,11 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         return found, tuple(after)
 
     def update(state: State, grad: Any, loss: Any, norms: Any, counts: Any) -> tuple[State, dict[str, jax.Array]]:
-        """Move theta by the weighted gradient; losses and norms are [G], counts [3, G]."""
+        """Move theta by the weighted gradient; losses and norms are [G], counts [4, G]."""
+        # A group that lost every particle's gradient has none, and a mean of zeros that must not pass for one.
+        norms = [jnp.where(lost < run.estimator.pairs, x, jnp.nan) for x, lost in zip(norms, counts[3], strict=True)]
         norm = optax.tree.norm(grad)
-        usable = jnp.isfinite(norm)
+        usable = jnp.isfinite(norm) & jnp.isfinite(jnp.stack(norms)).all()
         updates, opt = tx.update(grad, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
         theta, opt, ema = jax.tree.map(
@@ -212,7 +214,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         metrics: dict[str, Any] = {
             "meta_loss": sum(w * x for w, x in zip(weights, loss, strict=True)),
             "grad_norm": norm,
-            **dict(zip(("diverged", "resets", "inner_steps"), (sum(count) for count in counts), strict=True)),
+            **dict(zip(("diverged", "resets", "inner_steps"), (sum(count) for count in counts[:3]), strict=True)),
             "skipped": skipped,
         }
         for i in range(len(weights)):
@@ -267,7 +269,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         each = [found[i] for i in range(len(pieces.weights))]
         scaled = [jax.tree.map(lambda g, w=w: w * g, e.grad) for w, e in zip(pieces.weights, each, strict=True)]
         grad = jax.tree.map(lambda *gs: sum(gs), *scaled)
-        counts = [e.diverged for e in each], [e.resets for e in each], [e.steps for e in each]
+        counts = [[getattr(e, name) for e in each] for name in ("diverged", "resets", "steps", "lost")]
         state = state._replace(estimators=estimators)
         return pieces.update(state, grad, [e.loss for e in each], [e.norm for e in each], counts)
 

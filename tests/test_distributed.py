@@ -154,7 +154,7 @@ def met(weights) -> tuple:
         here = {}
         for i in placed._replace(process=process).here:
             grad = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), theta)
-            loss, counts = jnp.float32(rng.normal()), jnp.asarray(rng.integers(9, size=3), jnp.int32)
+            loss, counts = jnp.float32(rng.normal()), jnp.asarray(rng.integers(9, size=4), jnp.int32)
             here[i] = found[i, process] = Estimate(grad, loss, *counts)
         mine = placed._replace(process=process)
         shares += [placement.bring(here, theta, weights, mine, jnp.asarray(lead)) for lead in (True, False)]

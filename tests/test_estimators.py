@@ -318,6 +318,7 @@ def test_a_particle_without_a_finite_gradient_is_left_out_and_counted(name):
     estimator = make(name, inner, 6, particles=16)
     estimate, _ = jax.jit(estimator.estimate)(jax.random.key(1), THETA, estimator.init(jax.random.key(0), THETA))
     assert 0 < int(estimate.diverged) < 16
+    assert int(estimate.lost) == int(estimate.diverged)
     assert np.isfinite(estimate.grad).all()
     share = 1 - int(estimate.diverged) / 16
     np.testing.assert_allclose(estimate.grad, share * (closed_form(6) + np.array([1.0, 0.0])), rtol=1e-4)

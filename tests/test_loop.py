@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import lopt
+import tasks
 from lopt import rules
-from meta_train import loop
+from meta_train import launch, loop
 from meta_train import program as program_module
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
 
@@ -85,6 +86,51 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     after = jax.tree.leaves((state.theta, state.opt))
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def without_meta_gradient(part: float = 1.0):
+    """Losses and inner gradients are finite; the meta-loss has no derivative, in `part` of the particles."""
+    plain = lambda params: 0.5 * jnp.sum(params**2)  # noqa: E731
+
+    def loss(params, key, phi, batch):
+        return plain(params) + jnp.sqrt(phi * params[0] ** 2)  # at phi = 0 infinity times 0 in reverse
+
+    return tasks.Task(
+        name="without_meta_gradient",
+        data=(),
+        sample=lambda key: 1.0 * (jax.random.uniform(key) >= part),
+        init=lambda key, phi: 1 + jax.random.uniform(key, (2,)),
+        batch=lambda key, phi, data, split: (),
+        loss=loss,
+        value_and_grad=lambda params, key, phi, batch: jax.value_and_grad(plain)(params),
+    )
+
+
+BACKWARDS = [
+    *("quickstart", "--compare", "", "--rule", "nn_adam", "--estimator.name", "truncated_backprop"),
+    *("--task", "test_loop:without_meta_gradient", "--groups.0.settings", '{"part": 0.0}'),
+    *("--task", "test_loop:without_meta_gradient", "--estimator.pairs", "4", "--estimator.truncation", "2"),
+    *("--horizon.low", "2", "--horizon.high", "4", "--log-every", "4", "--checkpoint-every", "8"),
+    *("--meta-steps", "12", "--meta-loss", "fresh"),
+]
+
+
+def test_a_run_that_loses_every_meta_gradient_of_a_group_stops(tmp_path, monkeypatch, capsys):
+    """Zeros in their place would be finite, and the run would go on for ever without that group."""
+    monkeypatch.chdir(tmp_path)
+    assert launch.main([*BACKWARDS, "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "4 of 4 meta-gradients were not finite, more than skip_limit = 0.1 allows; lately of group " in error
+    assert "lately of group test_loop:without_meta_gradient (1). They did not move theta. " in error
+    assert "No checkpoint was saved yet; " in error
+    (line,) = loop.read_metrics(tmp_path / "run")
+    assert (line["skipped"], line["skipped/0"], line["skipped/1"]) == (4, 0, 4)
+    # Where some particles are left, their gradient counts.
+    some = ["--groups.1.settings", '{"part": 0.5}']
+    assert launch.main([*BACKWARDS, *some, "--out", "some"]) == 0
+    lines = loop.read_metrics(tmp_path / "some")
+    assert lines[-1]["skipped"] < 3
+    assert all(line["diverged/1"] for line in lines)
 
 
 def test_one_program_serves_all_meta_steps():

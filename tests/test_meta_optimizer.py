@@ -110,4 +110,6 @@ def test_a_run_that_loses_its_gradients_is_stopped_and_the_group_named():
     loop._refuse_divergence(SMALL, 200, line)  # 5.5 %
     with pytest.raises(ValueError, match=r"11 of 100 meta-gradients were not finite.*of group tabular_mlp \(0\)"):
         loop._refuse_divergence(SMALL, 100, line)
+    with pytest.raises(ValueError, match=r"They did not move theta\. The newest checkpoint is of meta-step 90; valid"):
+        loop._refuse_divergence(SMALL, 100, line, [70, 90])
     loop._refuse_divergence(dataclasses.replace(SMALL, skip_limit=0.2), 50, line | {"skipped": 10.0})

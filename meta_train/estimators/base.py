@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 
@@ -15,6 +16,9 @@ class Estimate(NamedTuple):
     diverged: jax.Array  # () int32, trajectories that diverged in this window
     resets: jax.Array  # () int32, particles (pairs) that were reset in this window, divergence included
     steps: jax.Array  # () int32, inner updates that count: of all copies, of an episode those until its horizon
+    # () int32, particles that backprop has no finite gradient of. They count as 0 in the mean: where all are lost it is
+    # 0 and means nothing.
+    lost: jax.Array | np.int32 = np.int32(0)
 
     @property
     def norm(self) -> jax.Array:
@@ -24,7 +28,7 @@ class Estimate(NamedTuple):
     def across(self, axis: str) -> Estimate:
         """The estimate over all devices of a mapped axis, each holding the same number of particles."""
         mean, total = (lambda x: jax.lax.pmean(x, axis)), (lambda x: jax.lax.psum(x, axis))
-        counts = total((self.diverged, self.resets, self.steps))
+        counts = total((self.diverged, self.resets, self.steps, self.lost))
         return Estimate(jax.tree.map(mean, self.grad), mean(self.loss), *counts)
 
 

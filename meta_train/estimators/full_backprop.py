@@ -48,6 +48,7 @@ def full_backprop(inner: Inner, *, particles: int = 8) -> Estimator:
         grads, seen = jax.grad(loss, has_aux=True)(unroll.unperturbed(theta, len(state.index)))
         grad, lost = unroll.finite_mean(grads)
         ended = jnp.full((), len(state.index), jnp.int32)
-        return Estimate(grad, seen.loss, jnp.maximum(seen.diverged.sum(), lost), ended, seen.updates), state
+        diverged = jnp.maximum(seen.diverged.sum(), lost)
+        return Estimate(grad, seen.loss, diverged, ended, seen.updates, lost), state
 
     return Estimator(init, estimate, particles * inner.longest)

@@ -54,6 +54,6 @@ def truncated_backprop(inner: Inner, *, particles: int = 8, truncation: int = 50
         grad, lost = unroll.finite_mean(grads)
         diverged = jnp.maximum(seen.diverged, lost)  # the lost are mostly those that diverged
         state = State(unroll.pick(inner, seen.particles, 0), state.index)
-        return Estimate(grad, seen.loss, diverged, seen.resets, seen.updates), state
+        return Estimate(grad, seen.loss, diverged, seen.resets, seen.updates, lost), state
 
     return Estimator(init, estimate, particles * truncation)

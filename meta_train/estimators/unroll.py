@@ -102,7 +102,8 @@ def unperturbed(theta: Any, particles: int) -> Any:
 def finite_mean(grads: Any) -> tuple[Any, Int[Array, ""]]:
     """Mean over the particles of gradients [N, 1, ...], and the number of those that are not finite and count as 0.
 
-    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step.
+    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step. Where none is left
+    the mean is 0 and no gradient; only whoever knows of all devices' particles can tell, by `Estimate.lost`.
     """
     finite = jnp.stack([jnp.isfinite(g).all(axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]).all(axis=0)
     kept = _select(finite, grads, jax.tree.map(jnp.zeros_like, grads))
