@@ -189,7 +189,7 @@ META_SCHEDULES = ("cosine", "linear", "constant")
 class MetaOptimizer:
     """One of optax's on theta: clip, warm-up, schedule, decay."""
 
-    name: str = "adam"  # of optax, e.g. adamw, lion, sgd
+    name: str = "adam"  # of optax or optax.contrib, e.g. adamw, nadamw, lion, muon
     settings: Settings = field(default_factory=dict)  # its arguments besides the learning rate
     lr: float = 2e-3  # peak
     final_lr: float = 1e-5
@@ -200,7 +200,7 @@ class MetaOptimizer:
     clip_step: float = 0.0  # an element of theta moves by at most this; 0: no limit
     weight_decay: float = 0.0  # decoupled: times the learning rate
     accumulate: int = 1  # meta-gradients that are averaged for one update
-    ema: float = 0.0  # decay of a moving average of theta, which is exported then; 0: none
+    ema: float = 0.0  # decay, an update, of a moving average of theta, which is exported then; 0: none
 
     def __post_init__(self) -> None:
         for key in ("clip", "clip_norm", "clip_step", "weight_decay"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from lopt.base import unknown
 from lopt.pretrained import named_leaves
@@ -45,9 +47,15 @@ def make(
     return optax.MultiSteps(tx, spec.accumulate).gradient_transformation()
 
 
-def average(ema: Any, theta: Any, decay: float) -> Any:
-    """decay · ema + (1 - decay) · theta; nothing where there is no average."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, theta) if decay else ema
+def average(ema: Any, theta: Any, opt: Any, spec: cfg.MetaOptimizer) -> Any:
+    """decay · ema + (1 - decay) · theta where the update that made `theta` and `opt` moved theta.
+
+    A meta-step whose gradient is only accumulated does not move it. Nothing where there is no average.
+    """
+    if not spec.ema:
+        return ema
+    moved = opt.mini_step == 0 if spec.accumulate > 1 else True
+    return jax.tree.map(lambda old, new: jnp.where(moved, spec.ema * old + (1 - spec.ema) * new, old), ema, theta)
 
 
 def by_part(where: str, theta: Any, values: Mapping[str, Any], default: Any) -> Any:
@@ -80,19 +88,44 @@ def _schedule(spec: cfg.MetaOptimizer, updates: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, spec.lr, warmup), rest], [warmup]) if warmup else rest
 
 
-# They want a number for a learning rate, or more than gradients.
-UNFIT = ("lbfgs", "optimistic_adam", "rprop", "scale_by_rprop", "sm3")
+# What they want besides a schedule and gradients, or instead.
+NUMBER, VALUE = "a number for a learning rate", "the loss beside the gradient"
+UNFIT = {
+    "dpsgd": "gradients of each example",
+    "lbfgs": "the loss at other points",
+    "momo": VALUE,
+    "momo_adam": VALUE,
+    "optimistic_adam": NUMBER,
+    "rprop": NUMBER,
+    "schedule_free": "another optimizer inside",
+    "schedule_free_adamw": "that its average is exported (meta_optimizer.ema keeps one for any other)",
+    "schedule_free_sgd": "that its average is exported (meta_optimizer.ema keeps one for any other)",
+    "sm3": NUMBER,
+    "sophia": "the loss at other points",
+}
+
+
+def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """Factories by name: those of optax and optax.contrib that a schedule and gradients are enough for."""
+    found = {}
+    for module in (contrib, optax):  # of one name, the one that has left contrib
+        for name in dir(module):
+            if not name.startswith(("_", "scale_by_")) and name not in UNFIT:
+                factory = getattr(module, name)
+                if _takes_learning_rate(factory):
+                    found[name] = factory
+    return found
 
 
 def _by_name(spec: cfg.MetaOptimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    names = [
-        name
-        for name in dir(optax)
-        if _takes_learning_rate(getattr(optax, name)) and name not in UNFIT and not name.startswith("_")
-    ]
+    names = optimizers()
+    if spec.name in UNFIT:
+        raise ValueError(
+            f"config.meta_optimizer.name, got {spec.name}, which wants {UNFIT[spec.name]}; valid: {', '.join(names)}."
+        )
     if spec.name not in names:
         raise unknown("config.meta_optimizer.name", "optimizer", spec.name, names)
-    factory = getattr(optax, spec.name)
+    factory = names[spec.name]
     takes = set(inspect.signature(factory).parameters) - {"learning_rate"}
     for name in spec.settings:
         if name not in takes:
@@ -104,10 +137,9 @@ def _by_name(spec: cfg.MetaOptimizer, schedule: optax.Schedule) -> optax.Gradien
 
 
 def _takes_learning_rate(f: Any) -> bool:
-    try:
-        return inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), "") == "learning_rate"
-    except ValueError:
+    if not (inspect.isfunction(f) or isinstance(f, partial)):  # nadam is adam with an argument
         return False
+    return next(iter(inspect.signature(f).parameters), "") == "learning_rate"
 
 
 def _decoupled_decay(schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:

@@ -159,7 +159,6 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     start_theta = _start(run, rule, start)
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
     tx = meta_optimizer.make(run.meta_optimizer, run.meta_steps, template, run.freeze)
-    decay = run.meta_optimizer.ema
     weights = _shares(run.groups)
     seed = partial(jax.random.fold_in, draws.key(run.seed))
 
@@ -182,7 +181,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         states = particles(group_keys, {i: group_tasks[i].data for i in groups}, theta)
         zero = jnp.zeros((), jnp.int32)
         # Apart from theta, since a state that is donated may not share buffers with itself.
-        ema = jax.tree.map(jnp.copy, theta) if decay else ()
+        ema = jax.tree.map(jnp.copy, theta) if run.meta_optimizer.ema else ()
         best = validation.nothing_yet(theta) if run.validation.tasks else ()
         every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
         return State(zero, theta, tx.init(theta), every, zero, ema, best)
@@ -207,7 +206,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         theta = optax.apply_updates(state.theta, updates)
         theta, opt, ema = jax.tree.map(
             lambda new, old: jnp.where(usable, new, old),
-            (theta, opt, meta_optimizer.average(state.ema, theta, decay)),
+            (theta, opt, meta_optimizer.average(state.ema, theta, opt, run.meta_optimizer)),
             (state.theta, state.opt, state.ema),
         )
         skipped = state.skipped + (1 - usable.astype(jnp.int32))

@@ -69,7 +69,10 @@ def failure(capsys, *arguments: str) -> str:
             ["quickstart", "--stages", '[{"start": 9, "low": 60, "high": 50, "truncation": 5}]'],
             "stage from meta-step 9: high, got 50; valid: low = 60 to 2^31 - 1",
         ),
-        (["quickstart", "--meta-optimizer.name", "lbfgs"], "config.meta_optimizer.name: unknown optimizer 'lbfgs'"),
+        (
+            ["quickstart", "--meta-optimizer.name", "lbfgs"],
+            "config.meta_optimizer.name, got lbfgs, which wants the loss at other points",
+        ),
         (["quickstart", "--groups.0.processes", "1"], "config.groups.0.processes, got 1; valid: 0 to 0"),
         (
             ["quickstart", "--validation.tasks", '[{"family": "image_mlp", "settings": {"data": "digits"}}]'],

@@ -79,9 +79,52 @@ def test_schedules(spec, rates):
 
 
 def test_the_average_follows_theta():
-    ema = meta_optimizer.average({"x": jnp.asarray(1.0)}, {"x": jnp.asarray(3.0)}, 0.75)
+    ema = meta_optimizer.average({"x": jnp.asarray(1.0)}, {"x": jnp.asarray(3.0)}, (), MetaOptimizer(ema=0.75))
     assert ema["x"] == 1.5
-    assert meta_optimizer.average((), THETA, 0.0) == ()
+    assert meta_optimizer.average((), THETA, (), MetaOptimizer()) == ()
+
+
+def test_the_average_counts_updates_and_not_accumulated_gradients():
+    spec = MetaOptimizer(**PLAIN, accumulate=3, ema=0.5)
+    tx = meta_optimizer.make(spec, 12, THETA)
+    theta, ema, state = THETA, THETA, tx.init(THETA)
+    expected, seen = np.asarray(THETA["b"]), []
+    for step in range(1, 7):
+        u, state = tx.update(GRADS[0], state, theta)
+        theta = optax.apply_updates(theta, u)
+        ema = meta_optimizer.average(ema, theta, state, spec)
+        expected = 0.5 * expected + 0.5 * np.asarray(theta["b"]) if step % 3 == 0 else expected
+        np.testing.assert_allclose(ema["b"], expected, rtol=1e-6)
+        seen.append(float(ema["b"]))
+    assert len(set(seen)) == 3  # before the first update, after it, after the second
+    assert seen[-1] != np.asarray(theta["b"])
+
+
+@pytest.mark.parametrize("name", meta_optimizer.optimizers())
+def test_every_optimizer_of_optax_takes_part(name):
+    """As `make` calls it: with a schedule, and gradients alone."""
+    theta = {"matrix": jnp.ones((2, 3)), **THETA}
+    settings = {"key": 1} if name == "noisy_sgd" else {}  # it warns otherwise
+    tx = meta_optimizer.make(MetaOptimizer(name=name, settings=settings, warmup=0), 10, theta)
+    state = jax.eval_shape(tx.init, theta)
+    found, after = jax.eval_shape(tx.update, theta, state, theta)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), theta)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_which_optimizers_there_are():
+    assert {"adam", "nadam", "nadamw", "lion", "muon", "prodigy", "ademamix"} <= set(meta_optimizer.optimizers())
+    for name, factory in (("nadamw", optax.nadamw), ("ademamix", optax.contrib.ademamix)):
+        tx = factory(0.1)
+        expected, _ = tx.update(GRADS[0], tx.init(THETA), THETA)
+        close(updates(name=name)[0], *expected.values())
+    assert not set(meta_optimizer.UNFIT) & set(meta_optimizer.optimizers())
+    for name in meta_optimizer.UNFIT:  # all of them exist
+        assert hasattr(optax.contrib, name) or hasattr(optax, name)
+    with pytest.raises(
+        ValueError, match=r"meta_optimizer\.name, got lbfgs, which wants the loss at other points; valid"
+    ):
+        updates(name="lbfgs")
 
 
 def test_what_is_not_there_is_named():
