@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from meta_train.estimators import REGISTRY, WHOLE_EPISODES, nres, pes, unroll
 from meta_train.inner import Inner
@@ -205,23 +208,26 @@ def test_constant_loss_gives_exactly_zero(name):
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_halves_of_the_particles_give_the_whole(name):
-    """A device that holds half of the particles draws for them what one device would have drawn."""
+def test_eight_devices_estimate_what_one_does(name):
+    """As a meta-step does it: each device draws for its eighth of the particles what one device would have drawn."""
     inner = linear(7)
     inner = inner._replace(reset=lambda key: {"x": jax.random.normal(key), "t": jnp.zeros((), jnp.int32)})
-    estimator = make(name, inner, 5, particles=4)
-    estimate_ = jax.jit(estimator.estimate)
-    whole = estimator.init(jax.random.key(0), THETA)
-    assert all(leaf.shape[0] == 4 for leaf in jax.tree.leaves(whole))
-    halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], whole) for i in range(2)]
+    estimator, mesh = make(name, inner, 5, particles=16), jax.make_mesh((8,), ("p",), axis_types=(AxisType.Auto,))
+    state = estimator.init(jax.random.key(0), THETA)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("p")), out_specs=(P(), P("p")), check_vma=False)
+    def spread(key, theta, state):
+        estimate, state = estimator.estimate(key, theta, state)
+        return estimate.across("p"), state
+
+    estimate_, moved = jax.jit(estimator.estimate), state
+    assert all(leaf.shape[0] == 16 for leaf in jax.tree.leaves(state))
     for k in range(3):
-        expected, whole = estimate_(jax.random.key(k), THETA, whole)
-        found, halves = zip(*(estimate_(jax.random.key(k), THETA, half) for half in halves), strict=True)
-        np.testing.assert_allclose(sum(e.grad for e in found) / 2, expected.grad, rtol=1e-4, atol=1e-6)
-        assert sum(int(e.resets) for e in found) == int(expected.resets)
-        assert sum(int(e.steps) for e in found) == int(expected.steps)
-    together = jax.tree.map(lambda *xs: jnp.concatenate(xs), *halves)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, whole)
+        expected, state = estimate_(jax.random.key(k), THETA, state)
+        found, moved = spread(jax.random.key(k), THETA, moved)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, state)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
