@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lopt.pretrained import named_leaves
 from meta_train import loop
+from meta_train import program as program_module
 from meta_train.checkpoint import Checkpoints, digest
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Stage
 from meta_train.estimators import REGISTRY
@@ -190,6 +194,45 @@ def test_every_estimator_resumes_bit_for_bit(tmp_path, name):
     assert (at, remarks) == (3, [])
     assert digest(go_on(program.place(saved), at, 5)) == whole
     assert [stage.meta_step._cache_size() for stage in program.stages] == [1] * (2 if staged else 1)
+
+
+def test_a_run_goes_on_with_another_number_of_devices_and_says_so(tmp_path, monkeypatch):
+    """To rounding with the same result, and no longer bit for bit."""
+    run = Run(
+        name="x",
+        rule="nn_adam",
+        groups=(Group("tabular_mlp", {"hidden": [], "batch_size": 8}),),
+        estimator=Estimator(pairs=4, truncation=4),
+        horizon=Horizon(6, 6),
+        meta_optimizer=MetaOptimizer(warmup=0),
+        meta_steps=4,
+        checkpoint_every=2,
+    )
+    ended, other = {}, {4: 1, 1: 4}
+    programs = {}
+    for devices in other:
+        monkeypatch.setattr(program_module, "usable_devices", lambda pairs, available, devices=devices: devices)
+        programs[devices] = loop.build(run)
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        ended[devices], _ = loop.train(run, programs[devices], folder, print)
+    for devices, others in other.items():
+        folder, said = tmp_path / str(devices), []
+        shutil.rmtree(folder / "checkpoints/4")
+        state, _ = loop.train(run, programs[others], folder, said.append)
+        assert said == [
+            f"checkpoint 2 was made on {devices} devices and goes on on {others} devices: no longer bit for bit the "
+            "same run",
+            "resuming at meta-step 2 of 4",
+        ]
+        assert len(state.estimators[0].xi.sharding.device_set) == others
+        for whole in ended.values():
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.theta, whole.theta)
+        np.testing.assert_array_equal(state.estimators[0].particles.t, ended[devices].estimators[0].particles.t)
+    # On the devices that it was made on nothing is said.
+    shutil.rmtree(tmp_path / "4/checkpoints/4")
+    loop.train(run, programs[4], tmp_path / "4", (again := []).append)
+    assert again == ["resuming at meta-step 2 of 4"]
 
 
 def test_a_long_silence_ends_and_every_meta_step_is_in_the_record(tmp_path):
