@@ -60,7 +60,7 @@ def measure(
 
     from meta_train import config as cfg
     from meta_train import loop
-    from meta_train.program import param_shapes
+    from meta_train.groups import make_tasks, param_shapes
 
     run = cfg.Run(
         name="benchmark",
@@ -83,7 +83,7 @@ def measure(
         times.append(time.perf_counter() - began)
     cpu = cpu_seconds() - cpu
     each, deciles = updates / meta_steps, statistics.quantiles(times, n=10)
-    params = sum(x[0] * (x[1] if len(x) > 1 else 1) for x in param_shapes(run)[0].values())
+    params = sum(x[0] * (x[1] if len(x) > 1 else 1) for x in param_shapes(*make_tasks(run, run.groups)).values())
     return {
         **{"pairs": pairs, "truncation": truncation, "params": params, "rule": rule, "devices": jax.device_count()},
         "meta_parameters": sum(x.size for x in jax.tree.leaves(state.theta)),

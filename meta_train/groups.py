@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import jax
 
 import tasks
 from meta_train import config as cfg
@@ -32,6 +36,49 @@ def pinned(run: cfg.Run) -> cfg.Run:
 
     on = dataclasses.replace(run.validation, tasks=pin(run.validation.tasks))
     return dataclasses.replace(run, groups=pin(run.groups), validation=on)
+
+
+def param_shapes(task: Task) -> dict[str, tuple[int, ...]]:
+    """Shapes of a task's params by "/"-joined key path."""
+    params = jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
+    named = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named}
+
+
+def programs(run: cfg.Run) -> Iterator[str]:
+    """Lines for people: the groups, each of them a program, its params, what shares it, and which groups could."""
+    made = [tasks.make(group.family, **group.settings) for group in run.groups]
+    for i, (group, task) in enumerate(zip(run.groups, made, strict=True)):
+        shapes = param_shapes(task)
+        size = sum(math.prod(shape) for shape in shapes.values())
+        listed = ", ".join(f"{name or 'params'} {list(shape)}" for name, shape in shapes.items())
+        data = " and ".join(source.id for source in task.provenance)
+        shared = f"; {data} share it" if len(task.provenance) > 1 else f"; data {data}" if data else ""
+        yield f"program {i}: group {group.family}: {size:,} params ({listed}){shared}"
+    for alike in _apart_by_data_alone(run.groups):
+        names = [name for i in alike for name in _data_of(run.groups[i])]
+        together = run.groups[alike[0]].settings | {"data": names}
+        try:
+            tasks.make(run.groups[alike[0]].family, **together)
+        except ValueError:  # other sizes, or a family of one data set
+            continue
+        numbers = " and ".join(map(str, alike))
+        yield f"groups {numbers} differ in their data alone: one group with data {json.dumps(names)} is one program"
+
+
+def _data_of(group: cfg.Group) -> list[str]:
+    named = group.settings["data"]
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _apart_by_data_alone(groups: Sequence[cfg.Group]) -> list[list[int]]:
+    """Numbers of the groups of one family whose settings are the same but for the data sets that they name."""
+    found: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        if "data" in group.settings:
+            rest = {name: value for name, value in group.settings.items() if name != "data"}
+            found.setdefault(json.dumps([group.family, rest], sort_keys=True, default=str), []).append(i)
+    return [numbers for numbers in found.values() if len(numbers) > 1]
 
 
 def feed(

@@ -24,7 +24,7 @@ from meta_train import config as cfg
 from meta_train import distributed, draws, meta_optimizer, placement, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
-from meta_train.groups import feed, make_tasks
+from meta_train.groups import feed, make_tasks, param_shapes
 from meta_train.inner import Horizon, Inner, make_inner
 
 AXIS = "particles"
@@ -409,7 +409,7 @@ def _validator(
     for i, (group, task) in enumerate(zip(run.validation.tasks, held_out, strict=True)):
         for j, (other, trained) in enumerate(zip(run.groups, mixture, strict=True)):
             shared = {source.id for source in task.provenance} & {source.id for source in trained.provenance}
-            alike = group.family == other.family and shared and _param_shapes(task) == _param_shapes(trained)
+            alike = group.family == other.family and shared and param_shapes(task) == param_shapes(trained)
             if alike or task.name == trained.name:
                 raise ValueError(
                     f"config.validation.tasks.{i}, got {task.name}, which is in the mixture: groups.{j} is "
@@ -436,18 +436,6 @@ def _validator(
         return state._replace(best=best), scores
 
     return validate
-
-
-def _param_shapes(task: tasks.Task) -> dict[str, tuple[int, ...]]:
-    """By "/"-joined key path."""
-    params = jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
-    named = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named}
-
-
-def param_shapes(run: cfg.Run) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes of the params of each group's tasks, by "/"-joined key path."""
-    return [_param_shapes(tasks.make(group.family, **group.settings)) for group in run.groups]
 
 
 def usable_devices(pairs: int, available: int) -> int:

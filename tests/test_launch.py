@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,13 +16,14 @@ import pytest
 
 import lopt
 from meta_train import config as cfg
-from meta_train import launch
+from meta_train import dry_run, launch, loop
+from meta_train.groups import programs
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--meta-steps", "1", "--compare", ""]
 SMALL = [
     *("--estimator.pairs", "2", "--estimator.truncation", "5", "--horizon.low", "5", "--horizon.high", "20"),
-    *("--rule-settings", '{"hidden": 2}', "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),
+    *("--rule", "nn_adam", "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}'),  # it compiles quickly
 ]
 
 
@@ -166,12 +169,10 @@ def test_two_processes_do_not_share_a_run(capsys, tmp_path):
 
 
 def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
-    small = ["--rule-settings", '{"hidden": 2}', "--estimator.pairs", "2", "--estimator.truncation", "5"]
-    small += ["--horizon.low", "5", "--groups.0.settings", '{"data": ["digits"], "hidden": [4]}']
     run = tmp_path / "run"
-    assert launch.main(["quickstart", *small, *QUICK, "--out", str(run)]) == 0
+    assert launch.main(["quickstart", *SMALL, *QUICK, "--out", str(run)]) == 0
     tree = json.loads((run / "config.json").read_text())
-    for change in ({"rule_settings": {"hidden": 3}}, {"seed": 1}):
+    for change in ({"rule_settings": {"lr0": 0.5}}, {"seed": 1}):
         (run / "config.json").write_text(json.dumps({**tree, **change}))
         capsys.readouterr()
         assert "belongs to another config" in failure(capsys, "resume", str(run))
@@ -184,22 +185,72 @@ def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("meta_train.dry_run.SECONDS", 0.0)
+    monkeypatch.setattr(dry_run, "SECONDS", 0.0)
     tasks = ["--validation.tasks", '[{"family": "tabular_mlp", "settings": {"hidden": []}}]']
     tasks += ["--validation.inner-steps", "5", "--validation.every", "100"]
     assert launch.main(["quickstart", *SMALL, *tasks, "--meta-steps", "1000", "--dry-run"]) == 0
     out = capsys.readouterr().out
     for says in (
-        "group image_mlp: 310 params (",
+        "program 0: group image_mlp: 310 params (layer0/b [4], layer0/w [64, 4], layer1/b [10], layer1/w [4, 10]); "
+        "data digits\n",
         "pairs use 2 of 8 devices; a multiple of 8 uses all",
         "compiled in ",
         " MiB",
         " inner steps/s",
         "1,000 meta-steps would take ",
         ", 11 of them 0:0",
+        "\ntogether ",
     ):
         assert says in out, says
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_adds_up_the_stages(monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.0)
+    run = cfg.Run(
+        name="x",
+        rule="nn_adam",
+        groups=(cfg.Group("logistic_regression", {"data": "breast_cancer", "size": None, "batch_size": 8}),),
+        estimator=cfg.Estimator(pairs=1, truncation=2),
+        horizon=cfg.Horizon(4, 9),
+        stages=(cfg.Stage(1_000_000, 400, 900, 400), cfg.Stage(4_000_000, 8, 9, 8)),
+        meta_steps=3_000_000,
+    )
+    said = list(dry_run.report(run, loop.build(run)))
+    assert "stage from meta-step 0: 1,000,000 meta-steps, horizons 4 to 9, truncation 2" in said
+    assert "stage from meta-step 1,000,000: 2,000,000 meta-steps, horizons 400 to 900, truncation 400" in said
+    assert "  it is never reached: the run has 3,000,000 meta-steps" in said
+    assert sum(line.startswith("compiled in ") for line in said) == 2
+    parts, (whole,) = (
+        [seconds(line) for line in said if re.match(start, line)] for start in ("its .* would take", "3,000,000 meta-")
+    )
+    assert abs(whole - sum(parts)) <= 2  # they are rounded
+    assert parts[1] > 4 * parts[0]  # more meta-steps, and longer ones: the first stage tells nothing of the second
+
+
+def seconds(line: str) -> int:
+    """Of the time h:mm:ss that a line ends with."""
+    return sum(int(part) * 60**i for i, part in enumerate(reversed(line.rpartition(" ")[2].split(":"))))
+
+
+def test_it_is_said_what_shares_a_program_and_what_could():
+    def image(*data: str, **settings) -> cfg.Group:
+        return cfg.Group("image_mlp", {"data": list(data), "hidden": [4]} | settings)
+
+    def said(*groups: cfg.Group) -> list[str]:
+        return list(programs(dataclasses.replace(cfg.load("quickstart"), groups=groups)))
+
+    together = said(image("digits", "mnist5k"), cfg.Group("quadratic"))
+    assert len(together) == 2
+    assert together[0].startswith("program 0: group image_mlp: 310 params")
+    assert together[0].endswith("; digits and mnist5k share it")
+    assert together[1] == "program 1: group quadratic: 32 params (params [32])"
+    could = 'groups 0 and 2 differ in their data alone: one group with data ["digits", "mnist5k"] is one program'
+    assert said(image("digits"), cfg.Group("quadratic"), image("mnist5k"))[-1] == could
+    assert len(said(image("digits"), image("mnist5k", hidden=[5]))) == 2  # other shapes
+    assert len(said(image("digits"), image("mnist5k", size=14))) == 2
+    tables = (cfg.Group("tabular_mlp", {"data": name}) for name in ("breast_cancer", "wine"))
+    assert len(said(*tables)) == 2  # other widths, and a family of one data set
 
 
 def test_a_profile_is_written_where_it_is_asked_for(capsys, tmp_path, monkeypatch):
@@ -237,9 +288,9 @@ def test_a_run_carries_what_it_started_at(capsys, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     assert launch.main(["quickstart", *SMALL, *QUICK, "--out", "first"]) == 0
-    again = ["--rule-settings", '{"hidden": 2, "step_mult": 0.5}', "--init-from", "first"]
+    again = ["--rule-settings", '{"lr0": 0.5}', "--init-from", "first"]
     assert launch.main(["quickstart", *SMALL, *again, *QUICK, "--out", "second"]) == 0
-    assert "init_from: step_mult was 0.03 there and is 0.5 here" in capsys.readouterr().out
+    assert "init_from: lr0 was 0.001 there and is 0.5 here" in capsys.readouterr().out
     shutil.rmtree("first")
     assert launch.main(["resume", "second"]) == 0
     assert launch.main(["export", "second", "--to", "exported"]) == 0
