@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax steps, each with a sha256 of its arrays.
+"""Checkpoints of a run: Orbax steps, each with a sha256 of its arrays and of what they belong to.
 
 Orbax restores a flipped byte as wrong values without an error, so every step carries a digest of what was saved and
 `restore` walks back to the newest step that matches its own.
@@ -7,6 +7,7 @@ Orbax restores a flipped byte as wrong values without an error, so every step ca
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Checkpoints:
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
-        seal = {"sha256": digest(tree), "identity": self._identity, "layout": self._layout}
+        belongs = {"identity": self._identity, "layout": self._layout}
+        seal = {"sha256": _sealed(tree, belongs), **belongs}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave(seal))
         self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
 
@@ -91,19 +93,20 @@ class Checkpoints:
                 leaves = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
                 tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
                 seal = found["seal"]
-                same = digest(tree) == seal["sha256"]
+                belongs = {name: seal[name] for name in ("identity", "layout")}
+                same = _sealed(tree, belongs) == seal["sha256"]
             except Exception as e:  # a truncated or deleted file raises one of many kinds
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
             else:
-                if same and seal["identity"] != self._identity:
+                if same and belongs["identity"] != self._identity:
                     raise ValueError(
                         f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
                         "was saved with, or a new run (with init_from= to start at this one's weights)."
                     )
-                if same and self._layout is not None and seal["layout"] != self._layout:
+                if same and self._layout is not None and belongs["layout"] != self._layout:
                     skipped.append(
-                        f"checkpoint {step} was made on {seal['layout']} and goes on on {self._layout}: no longer bit "
-                        "for bit the same run"
+                        f"checkpoint {step} was made on {belongs['layout']} and goes on on {self._layout}: no longer "
+                        "bit for bit the same run"
                     )
                 if same:
                     return step, tree, skipped
@@ -120,6 +123,11 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _sealed(tree: Any, belongs: dict[str, Any]) -> str:
+    """sha256 of a state and of what it belongs to: a byte of either may flip."""
+    return hashlib.sha256(f"{digest(tree)} {json.dumps(belongs, sort_keys=True)}".encode()).hexdigest()
 
 
 def _numpy(tree: Any) -> Any:

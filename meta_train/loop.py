@@ -89,8 +89,9 @@ def train(
       (State, signal): signal is 0 when all meta-steps are done, else what stopped the run (everything is saved).
     """
     first = distributed.first()
+    begun = (folder / "checkpoints").exists() or bool(read_metrics(folder))
     checkpoints = Checkpoints(folder / "checkpoints", run.identity(), program.layout) if first else None
-    state, at = _restore(run, program, checkpoints, say)
+    state, at = _restore(run, program, checkpoints, say, begun)
     log = Log(folder, after=at) if first else None
     validate, loss, came, notes = program.validate, float("inf"), 0, ["", ""]
     report_to = progress("meta-step", run.meta_steps, start=max(at, 0)) if first else nullcontext(lambda *_: None)
@@ -153,9 +154,17 @@ def _end_trace() -> None:
 
 
 def _restore(
-    run: cfg.Run, program: Program, checkpoints: Checkpoints | None, say: Callable[[str], None]
+    run: cfg.Run, program: Program, checkpoints: Checkpoints | None, say: Callable[[str], None], begun: bool
 ) -> tuple[State, int]:
-    """The state to go on from, and its meta-step, -1 at the start; read by the first process for all."""
+    """The state to go on from, and its meta-step, -1 at the start; read by the first process for all.
+
+    Args:
+      run: of the directory.
+      program: of the run.
+      checkpoints: of the directory, in the first process.
+      say: to people.
+      begun: whether somebody has worked in the directory before.
+    """
     at, error = -1, None
     saved = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.shapes)
     if checkpoints:
@@ -166,8 +175,8 @@ def _restore(
         else:
             for line in remarks:
                 say(line)
-            if remarks and at < 0:
-                say("no checkpoint is left that can be read: starting again")
+            if begun and at < 0:
+                say("there is no checkpoint that can be read: starting again at meta-step 0")
             checkpoints.drop_after(at)
     distributed.refuse_together(error)
     at, saved = distributed.agree((np.int32(at), saved))

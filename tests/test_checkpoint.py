@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,9 +39,9 @@ def largest(folder, step):
     return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(path):
+def flip(path, at=None):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if at is None else at] ^= 1
     path.write_bytes(content)
 
 
@@ -84,6 +87,29 @@ def test_if_all_are_damaged_a_run_can_start_again(folder):
     checkpoints.save(1, tree(7), loss=0.0)
     checkpoints.close()
     np.testing.assert_array_equal(restored(folder)[1]["x"], tree(7)["x"])
+
+
+def test_whatever_is_done_to_a_file_is_told_or_changes_nothing(folder, tmp_path_factory):
+    """Each file of the newest step: Orbax reads some of them and not others, such as its copies and marks."""
+    harmed = tmp_path_factory.mktemp("harmed") / "steps"
+
+    def met(path, harm) -> str:
+        """What comes of it: "told", or "same" where the bits are those that were saved."""
+        shutil.rmtree(harmed, ignore_errors=True)
+        shutil.copytree(folder, harmed)
+        harm(harmed / path)
+        step, found, remarks = restored(harmed)
+        np.testing.assert_array_equal(found["x"], tree(step)["x"])
+        assert (step, remarks) == (3, []) or (step == 2 and "checkpoint 3 is damaged" in remarks[0]), (path, remarks)
+        return "told" if remarks else "same"
+
+    files = [path.relative_to(folder) for path in sorted((folder / "3").rglob("*")) if path.is_file()]
+    seen = {str(path): {met(path, harm) for harm in HARM.values()} for path in files}
+    arrays = str(largest(folder, 3).relative_to(folder))
+    assert seen[arrays] == seen["3/seal/metadata"] == seen["3/state/manifest.ocdbt"] == {"told"}
+    size = (folder / "3/seal/metadata").stat().st_size
+    for at in range(0, size, 11):  # sha256, identity, layout, names and punctuation
+        assert met("3/seal/metadata", partial(flip, at=at)) == "told", at
 
 
 def test_another_configs_steps_are_refused(folder):

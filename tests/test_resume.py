@@ -233,6 +233,11 @@ def test_a_run_goes_on_with_another_number_of_devices_and_says_so(tmp_path, monk
     shutil.rmtree(tmp_path / "4/checkpoints/4")
     loop.train(run, programs[4], tmp_path / "4", (again := []).append)
     assert again == ["resuming at meta-step 2 of 4"]
+    # Nor is a beginning from nothing silent where there once was something.
+    shutil.rmtree(tmp_path / "4/checkpoints")
+    state, _ = loop.train(run, programs[4], tmp_path / "4", (anew := []).append)
+    assert anew == ["there is no checkpoint that can be read: starting again at meta-step 0"]
+    assert digest(state) == digest(ended[4])
 
 
 def test_a_long_silence_ends_and_every_meta_step_is_in_the_record(tmp_path):
