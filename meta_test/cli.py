@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "list", help="print the suites or the baselines", description="Print the suites and their tasks, or baselines."
     )
     listing.add_argument("what", nargs="?", choices=("suites", "baselines"), default="suites")
+    listing.add_argument("--json", action="store_true", help="for programs: the suites' tasks by suite")
     return parser
 
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(words)
     args.written = shlex.join(["lopt-eval", *words])
     if args.command == "list":
-        return _list(args.what)
+        return _list(args.what, args.json)
     if args.command != "compare":
         return _suite(args)
     try:
@@ -148,11 +149,14 @@ def _check_suite(args: argparse.Namespace) -> None:
         raise ValueError("lopt-eval needs matplotlib: pip install 'lopt[eval]'.")
 
 
-def _list(what: str) -> int:
+def _list(what: str, as_json: bool) -> int:
     if what == "baselines":
         from lopt import baselines
 
         print("\n".join(baselines.names()))
+        return 0
+    if as_json:
+        print(json.dumps({name: [problem._asdict() for problem in problems] for name, problems in SUITES.items()}))
         return 0
     for name, problems in SUITES.items():
         print(name)

@@ -122,7 +122,8 @@ def parse(name: str, args: list[str]) -> Launch:
 
 
 def _pinned(run: cfg.Run) -> cfg.Run:
-    """The run as it is recorded: with the data that its sources serve."""
+    """The run as it is recorded: with the tasks of its suite, and the data that its sources serve."""
+    run = _with_suite(run)
     prepare_jax()
     from meta_train import groups
 
@@ -152,10 +153,11 @@ def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
     launch = parse(name, args)
     if launch.dry_run:
-        program = _build(_in_one_place(_pinned(launch.run)))
+        run = _in_one_place(_pinned(launch.run))
+        program = _build(run)
         from meta_train import dry_run
 
-        for line in dry_run.report(launch.run, program):
+        for line in dry_run.report(run, program):
             print(line, flush=True)
         return 0
     if launch.join.distributed and not launch.out:
@@ -213,19 +215,39 @@ def _by_the_first(writes: bool, action: Callable[[], None]) -> None:
     distributed.refuse_together(error)
 
 
+def _suites(option: str) -> dict[str, Any]:
+    """The evaluation suites' tasks by name, told by a process of its own: nothing imports that package.
+
+    Raises ValueError, naming the option that wants them, where it is not installed.
+    """
+    command = [sys.executable, "-m", "meta_test", "list", "suites", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"lopt-train: {option} needs lopt-eval: pip install 'lopt[eval]', or {option} '' for none.")
+    return json.loads(done.stdout)
+
+
+def _with_suite(run: cfg.Run) -> cfg.Run:
+    """The run whose meta-validation names the tasks of its suite themselves: what is recorded says what was done."""
+    on = run.validation
+    if not on.suite:
+        return run
+    suites = _suites("--validation.suite")
+    if on.suite not in suites:
+        raise ValueError(
+            f"config.validation.suite: unknown suite {on.suite!r}; valid: {', '.join(suites)}, or '' for none."
+        )
+    tasks = tuple(cfg.Group(problem["family"], problem["settings"]) for problem in suites[on.suite])
+    return dataclasses.replace(run, validation=dataclasses.replace(on, suite="", tasks=(*on.tasks, *tasks)))
+
+
 def _build(run: cfg.Run, folder: Path | None = None):
     """The program of a config, of an existing run if a folder is given.
 
     Raises ValueError in one line for whatever it cannot be built of.
     """
     if run.compare:
-        command = [sys.executable, "-m", "meta_test", "list"]
-        suites = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-        suites = [line for line in suites if line and not line.startswith(" ")]
-        if not suites:
-            raise ValueError(
-                "lopt-train: --compare needs lopt-eval: pip install 'lopt[eval]', or --compare '' for none."
-            )
+        suites = _suites("--compare")
         if run.compare not in suites:
             raise ValueError(
                 f"config.compare: unknown suite {run.compare!r}; valid: {', '.join(suites)}, or '' for none."

@@ -153,6 +153,9 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
       ValueError: for an unknown rule, task, estimator or setting, a value out of range, pairs that do not divide over
         the devices, groups on processes that there are not, or meta-validation on a task of the mixture.
     """
+    if run.validation.suite:
+        got = f"config.validation.suite, got {run.validation.suite!r} when its program is built"
+        raise ValueError(f"{got}; valid: none: lopt-train puts the suite's tasks into validation.tasks.")
     rule = rules.make(run.rule, **run.rule_settings)
     group_tasks = make_tasks(run, run.groups)
     mesh, placed = _devices_of(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,41 @@ def test_the_best_theta_comes_back_bit_for_bit(trained, tmp_path):
         for f in (whole, folder)
     ]
     assert lines[0] == lines[1]
+
+
+def test_a_suite_is_what_meta_validates(tmp_path, monkeypatch, capsys):
+    """Its tasks are in the record, the best theta is kept and exported, and the run goes on without the suite."""
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *("quickstart", "--compare", "", "--rule", "nn_adam", "--task", "tabular_mlp"),
+        *("--groups.0.settings", '{"hidden": [], "batch_size": 8}', "--estimator.pairs", "2"),
+        *("--estimator.truncation", "4", "--horizon.low", "4", "--horizon.high", "12", "--meta-steps", "3"),
+        *("--meta-optimizer.lr", "0.5", "--meta-optimizer.warmup", "0", "--validation.suite", "smoke"),
+        *("--validation.every", "1", "--validation.inner-steps", "3", "--validation.seeds", "1"),
+    ]
+    words += ["--allow-held-out"]  # for graph_network
+    assert launch.main([*words, "--out", "run"]) == 0
+    run = Run.from_json(json.loads(Path("run/config.json").read_text()))
+    assert [task.family for task in run.validation.tasks] == ["image_mlp", "graph_network", "quadratic"]
+    assert run.validation.suite == ""
+    lines = loop.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    scores = [line["validation"] for line in lines]
+    mean = np.mean([[line[f"validation/{i}"] for i in range(3)] for line in lines], axis=1)
+    np.testing.assert_allclose(scores, mean, rtol=1e-5)
+    best = int(np.argmin(scores))
+    assert f"exported: theta of meta-step {best} of 3, the best in meta-validation" in capsys.readouterr().out
+
+
+def test_the_suite_for_recipes_is_no_part_of_any_mixture(capsys):
+    quick = ["--rule", "nn_adam", "--validation.suite"]
+    run = launch._with_suite(launch.parse("quickstart", [*quick, "dev"]).run)
+    assert len(run.validation.tasks) >= 5
+    assert loop.build(run).validate
+    with pytest.raises(ValueError, match=r"validation\.suite: unknown suite 'dve'; valid: .*dev"):
+        launch._with_suite(launch.parse("quickstart", [*quick, "dve"]).run)
+    with pytest.raises(ValueError, match=r"validation\.suite, got 'dev' when its program is built; valid: none"):
+        loop.build(launch.parse("quickstart", [*quick, "dev"]).run)
 
 
 @pytest.mark.parametrize(
