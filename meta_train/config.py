@@ -117,27 +117,19 @@ class Validation:
         _require(not placed, f"validation.tasks: {placed}: processes", "some", "none, all processes hold them")
 
 
-STAGGER = ("auto", "always", "never")
-
-
 @dataclass(frozen=True)
 class Horizon:
     """Horizons of inner runs are log-uniform integers in [low, high]; equal ends make them constant."""
 
     low: int = 100
     high: int = 1000
-    # Cut the first episodes short at random, so that particles do not march in step. Constant horizons would keep them
-    # in step for ever and are staggered by "auto"; varied ones drift apart by themselves.
-    stagger: str = "auto"
+    # Cut the first episodes short at random, so that particles do not march in step: the first meta-steps would see the
+    # first inner steps alone. Constant horizons keep them in step for ever, varied ones for some episodes.
+    stagger: bool = True
 
     def __post_init__(self) -> None:
         _require(self.low >= 1, "horizon.low", self.low, ">= 1")
         _require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
-        _require(self.stagger in STAGGER, "horizon.stagger", repr(self.stagger), ", ".join(STAGGER))
-
-    @property
-    def staggered(self) -> bool:
-        return self.stagger == "always" or (self.stagger == "auto" and self.low == self.high)
 
 
 @dataclass(frozen=True)
@@ -336,7 +328,8 @@ def command(run: Run) -> str:
         if default.get(key, value) != value or key not in default:
             value = json.dumps(value) if isinstance(value, dict) or key in ("stages", "validation.tasks") else value
             if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{key.replace('_', '-')}")
+                *parts, last = key.replace("_", "-").split(".")
+                words.append("--" + ".".join([*parts, last if value else f"no-{last}"]))
                 continue
             words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)

@@ -396,7 +396,7 @@ def _inner(run: cfg.Run, rule: LearnedOptimizer, task: tasks.Task, group: cfg.Gr
         last_steps=run.last_steps,
         normalise=run.normalise,
         reference_loss=group.reference_loss,
-        stagger=run.horizon.staggered,
+        stagger=run.horizon.stagger,
     )
 
 

@@ -33,7 +33,7 @@ def test_the_readmes_code_trains(capsys):
 def test_the_shipped_quickstart_is_its_recipes():
     """Weights and named config belong together: what the card says to run is what was run.
 
-    Keys that are younger than the weights have defaults that leave everything as it was.
+    Keys that are younger than the weights have defaults that leave everything as it was, or stand in the record too.
     """
     import json
 

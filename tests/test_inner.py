@@ -125,11 +125,20 @@ def test_losses_are_normalised():
 
 
 def test_first_particles_are_staggered():
-    inner = make_inner(RULE, TASK, horizon=Horizon(10, 10), stagger=True)
-    first = jax.vmap(inner.first)(jax.random.split(jax.random.key(0), 500))
-    assert set(np.asarray(first.t)) == set(range(10))
+    """Each first episode ends anywhere in its own horizon, whether horizons vary or not."""
+    inner = make_inner(QUICK_RULE, TASK, horizon=Horizon(10, 1000), stagger=True)
+    first = jax.jit(jax.vmap(inner.first))(jax.random.split(jax.random.key(0), 1000))
+    passed = np.asarray(first.t / first.horizon)
+    assert (passed < 1).all()
+    long = np.asarray(first.horizon) > 100
+    assert abs(passed[long].mean() - 0.5) < 0.06  # four standard errors
+    assert abs(np.std(passed[long]) - 12**-0.5) < 0.03
     assert not inner.reset(jax.random.key(0)).t
-    assert make_inner(RULE, TASK, horizon=Horizon(10, 10)).first is None
+    constant = make_inner(QUICK_RULE, TASK, horizon=Horizon(10, 10), stagger=True)
+    assert set(np.asarray(jax.jit(jax.vmap(constant.first))(jax.random.split(jax.random.key(0), 300)).t)) == {
+        *range(10)
+    }
+    assert make_inner(QUICK_RULE, TASK, horizon=Horizon(10, 10)).first is None
 
 
 def test_bad_settings_are_named():

@@ -53,7 +53,6 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--meta-loss", "test"], "fresh, train, validation"),
         (["quickstart", "--objective", "finale"], "Did you mean 'final'?"),
         (["quickstart", "--normalise", "reference"], "reference_loss, got 0.0; valid: > 0"),
-        (["quickstart", "--horizon.stagger", "yes"], "horizon.stagger, got 'yes'; valid: auto, always, never"),
         (["quickstart", "--estimator.sign", "-1"], "estimator.sign, got -1.0; valid: >= 0"),
         (
             ["quickstart", "--estimator.std-parts", '{"mpl": 0.1}'],
@@ -273,6 +272,7 @@ def test_the_command_of_a_run_makes_it_again():
     [
         ["--stages", '[{"start": 9, "low": 60, "high": 90, "truncation": 5}]'],
         ["--estimator.std-parts", '{"mlp": 0.05}'],
+        ["--horizon.stagger", "--allow-held-out"],
         ["--task", "image_mlp", "--task", "cnn", "--groups.1.settings", '{"data": "digits"}', "--groups.1.weight", "2"],
         ["--validation.tasks", '[{"family": "tabular_mlp"}]'],
     ],
@@ -280,6 +280,13 @@ def test_the_command_of_a_run_makes_it_again():
 def test_so_it_does_with_lists_and_mixtures(words):
     run = launch.parse("quickstart", words).run
     assert launch.parse("quickstart", shlex.split(cfg.command(run))[2:]).run.identity() == run.identity()
+
+
+def test_the_command_turns_off_what_is_on():
+    run = cfg.load("quickstart")
+    staggered = dataclasses.replace(run, horizon=dataclasses.replace(run.horizon, stagger=True))
+    assert cfg.command(staggered) == "lopt-train quickstart --horizon.stagger"
+    assert not launch.parse("quickstart", ["--horizon.no-stagger"]).run.horizon.stagger
 
 
 def test_a_run_carries_what_it_started_at(capsys, tmp_path, monkeypatch):

@@ -69,6 +69,15 @@ def is_trace(x) -> bool:
     return isinstance(x, optax.TraceState)
 
 
+def test_particles_start_staggered():
+    """Also with log-uniform horizons, unless a run says otherwise."""
+    shape = dataclasses.replace(QUICK, estimator=Estimator(pairs=64, truncation=4))
+    assert shape.horizon.low < shape.horizon.high
+    assert len(set(np.asarray(loop.build(shape).init().estimators[0].particles.t).tolist())) > 4
+    together = dataclasses.replace(shape, horizon=Horizon(4, 12, stagger=False))
+    assert not np.asarray(loop.build(together).init().estimators[0].particles.t).any()
+
+
 @pytest.mark.parametrize(("pairs", "available", "expected"), [(8, 2, 2), (3, 2, 1), (6, 4, 3), (1, 8, 1), (8, 8, 8)])
 def test_pairs_divide_over_devices(pairs, available, expected):
     assert program_module.usable_devices(pairs, available) == expected
