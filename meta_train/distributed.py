@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,12 @@ from typing import Any
 
 HEARTBEAT = 10  # seconds after which a silent process counts as dead
 LOST = 75  # exit code where another process was lost: EX_TEMPFAIL, start all again
+# What JAX, its coordination service, Gloo and NCCL say then. Out of memory or a bad argument is an error of our own.
+OTHERS = re.compile(
+    r"gloo|nccl|coordination|heartbeat|unhealthy|another task died|unavailable|deadline.exceeded|timed out|broken pipe"
+    r"|connection (closed|reset|refused)|socket closed",
+    re.IGNORECASE,
+)
 
 
 def check(coordinator: str, processes: int, process_id: int) -> None:
@@ -135,7 +143,7 @@ def ends_with_the_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        if not several():
+        if not several() or not OTHERS.search(str(e)):
             raise
         print(str(e).splitlines()[0][:300], file=sys.stderr, flush=True)
         os._exit(LOST)
@@ -145,22 +153,47 @@ def supervised() -> None:
     """Go on in a child, and wait for it here to say how it ended. Before JAX is imported.
 
     JAX's runtime aborts the process when another one has been silent for HEARTBEAT seconds while this one waits in an
-    all-reduce; nothing in the same process could then say what to do.
+    all-reduce; nothing in the same process could then say what to do. The child's errors pass through here, since only
+    its last words tell that abort from one of its own.
     """
     sys.stdout.flush()
+    sys.stderr.flush()
+    errors, told = os.pipe()
     child = os.fork()
     if not child:
+        os.dup2(told, 2)
+        os.close(told)
+        os.close(errors)
         if sys.platform == "linux":  # whoever kills the parent means the run
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code in (LOST, -signal.SIGABRT):
+    os.close(told)
+    code, words = _passed_on(errors, child)
+    if code == LOST or (code == -signal.SIGABRT and OTHERS.search(words)):
         print(
             "error: another process was lost, and this one ends with it; what was saved is safe: start all processes "
             "again with lopt-train resume DIR --distributed ...",
             file=sys.stderr,
         )
         code = LOST
+    elif code < 0:
+        print(f"error: this process was ended by {signal.Signals(-code).name}", file=sys.stderr)
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def _passed_on(errors: int, child: int) -> tuple[int, str]:
+    """The child's exit code and the end of what it wrote to the pipe `errors`, all of which goes to our own errors."""
+    words, ended = b"", None
+    while True:
+        ready, _, _ = select.select([errors], [], [], 0.0 if ended else 0.1)
+        got = os.read(errors, 1 << 16) if ready else b""
+        if got:
+            sys.stderr.buffer.write(got)
+            sys.stderr.buffer.flush()
+            words = (words + got)[-(1 << 16) :]
+        elif ended:  # and all that it wrote is read; what it started may still hold the pipe
+            return os.waitstatus_to_exitcode(ended[1]), words.decode(errors="replace")
+        elif (done := os.waitpid(child, 0 if ready else os.WNOHANG))[0]:
+            ended = done

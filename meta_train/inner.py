@@ -101,7 +101,8 @@ def make_inner(
         two a trajectory that diverges is left to run to its horizon, where its loss counts.
       last_steps: of objective "last".
       normalise: divide meta-losses by nothing ("none"), by the loss at "init" of the same kind of batch, or by
-        `reference_loss` ("reference").
+        `reference_loss` ("reference"). A particle whose loss at init is not positive has no such measure: all its
+        meta-losses count as diverged.
       reference_loss: what a good optimizer reaches on this task.
       stagger: the clocks of the first particles start at a uniformly drawn time, so that their first episodes are cut
         short and they do not march in step.
@@ -146,7 +147,7 @@ def make_inner(
             return ()
         batch_key, loss_key = jax.random.split(key)
         loss = task.loss(params, loss_key, phi, task.batch(batch_key, phi, task.data, split))
-        return jnp.maximum(loss, jnp.finfo(loss.dtype).tiny)
+        return jnp.where(loss > 0, loss, jnp.nan)
 
     def first(key: jax.Array) -> Particle:
         reset_key, clock_key = jax.random.split(key)

@@ -158,6 +158,8 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         raise ValueError(f"{got}; valid: none: lopt-train puts the suite's tasks into validation.tasks.")
     rule = rules.make(run.rule, **run.rule_settings)
     group_tasks = make_tasks(run, run.groups)
+    if run.normalise == "init":
+        _refuse_losses_at_init("groups", run, rule, run.groups, group_tasks)
     mesh, placed = _devices_of(run)
     start_theta = _start(run, rule, start)
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
@@ -400,6 +402,25 @@ def _inner(run: cfg.Run, rule: LearnedOptimizer, task: tasks.Task, group: cfg.Gr
     )
 
 
+def _refuse_losses_at_init(
+    where: str, run: cfg.Run, rule: LearnedOptimizer, groups: Sequence[cfg.Group], group_tasks: Sequence[tasks.Task]
+) -> None:
+    """Raise ValueError for a group in which losses at init are no measure, since some of sixteen are not positive."""
+    for i, (group, task) in enumerate(zip(groups, group_tasks, strict=True)):
+
+        @jax.jit
+        def scales(keys, data, group=group, task=task):
+            inner = _inner(run, rule, task._replace(data=data), group, Horizon(run.horizon.low, run.horizon.high))
+            return jax.vmap(lambda key: inner.reset(key).scale)(keys)
+
+        bad = int(jnp.sum(~(scales(jax.random.split(jax.random.key(run.seed), 16), task.data) > 0)))
+        if bad:
+            raise ValueError(
+                f"config.normalise, got 'init', but {bad} of 16 losses at init of {where}.{i}, {group.family}, are not "
+                "positive; valid: none, or reference (with a reference_loss > 0 of each group)."
+            )
+
+
 def _shares(groups: Sequence[cfg.Group]) -> list[float]:
     return [group.weight / sum(g.weight for g in groups) for group in groups]
 
@@ -418,6 +439,8 @@ def _validator(
                     f"config.validation.tasks.{i}, got {task.name}, which is in the mixture: groups.{j} is "
                     f"{trained.name}; valid: another family, other shapes of params, or other data."
                 )
+    if run.normalise == "init":
+        _refuse_losses_at_init("validation.tasks", run, rule, run.validation.tasks, held_out)
     horizon = Horizon(run.validation.inner_steps, run.validation.inner_steps)
     on_validation = dataclasses.replace(run, meta_loss="validation")
 

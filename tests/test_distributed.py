@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from meta_train import launch, loop, placement
+from meta_train import distributed, launch, loop, placement
 from meta_train import program as program_module
 from meta_train.checkpoint import digest
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Validation
@@ -143,6 +144,46 @@ def test_the_loss_of_a_process_ends_the_others_and_the_run_goes_on(tmp_path):
     assert code == 2, out
     assert "config.groups.1.processes, got 1; valid: 0 to 0" in out
     assert launch.main(["export", str(folder), "--to", str(tmp_path / "weights")]) == 0  # one process can
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "says"),
+    [
+        ("os.abort()", 134, "error: this process was ended by SIGABRT"),
+        ("os.write(2, b'most likely indicates that another task died'); os.abort()", 75, "another process was lost"),
+        ("os._exit(75)", 75, "another process was lost"),
+        ("os.write(2, b'RESOURCE_EXHAUSTED: Out of memory'); os.abort()", 134, "this process was ended by SIGABRT"),
+        ("sys.exit(2)", 2, ""),
+        ("os.kill(os.getpid(), 9)", 137, "this process was ended by SIGKILL"),
+        ("sys.stderr.write('x' * 300_000 + 'end'); sys.exit(0)", 0, "xend"),
+    ],
+)
+def test_an_end_of_its_own_is_not_blamed_on_others(ends, code, says):
+    script = f"import os, sys\nfrom meta_train import distributed\ndistributed.supervised()\n{ends}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert ("another process was lost" in done.stderr) == (code == 75)
+
+
+@pytest.mark.parametrize(
+    ("error", "others"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: [external/gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:39", True),
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", False),
+        ("INTERNAL: Failed to compile", False),
+        ("INVALID_ARGUMENT: Executable expected parameter 0 of size 4 but got buffer with incompatible size 8", False),
+    ],
+)
+def test_only_the_loss_of_others_ends_with_them(monkeypatch, error, others):
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    goes_on = contextlib.nullcontext() if others else pytest.raises(jax.errors.JaxRuntimeError)
+    with goes_on, distributed.ends_with_the_others():
+        raise jax.errors.JaxRuntimeError(error)
+    assert codes == ([75] if others else [])
 
 
 def met(weights) -> tuple:

@@ -124,6 +124,16 @@ def test_losses_are_normalised():
     assert 0.5 * QUICK_TASK.init_loss < float(first.scale) < 2 * QUICK_TASK.init_loss
 
 
+def test_a_loss_at_init_that_is_not_positive_is_no_measure():
+    """It would turn the meta-loss round, or make it as large as it likes."""
+    negative = QUICK_TASK._replace(loss=lambda *args: QUICK_TASK.loss(*args) - 100.0)
+    weighted, _, diverged, _ = episode(negative, normalise="init", loss_limit=2.0)
+    assert diverged.all()
+    np.testing.assert_allclose(weighted, 2.0)
+    _, _, diverged, _ = episode(normalise="init", loss_limit=2.0)
+    assert not diverged.any()
+
+
 def test_first_particles_are_staggered():
     """Each first episode ends anywhere in its own horizon, whether horizons vary or not."""
     inner = make_inner(QUICK_RULE, TASK, horizon=Horizon(10, 1000), stagger=True)

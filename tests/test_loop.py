@@ -136,6 +136,23 @@ def without_meta_gradient(part: float = 1.0):
     )
 
 
+def below_zero(offset: float = 0.0):
+    """Half a square, from which something is taken."""
+    return without_meta_gradient()._replace(
+        loss=lambda params, key, phi, batch: 0.5 * jnp.sum(params**2) - offset, value_and_grad=None
+    )
+
+
+def test_losses_that_are_not_positive_at_init_are_no_measure():
+    own = Group("test_loop:below_zero", {"offset": 100.0})
+    run = dataclasses.replace(QUICK, groups=(Group("test_loop:below_zero"), own), normalise="init")
+    with pytest.raises(
+        ValueError, match=r"normalise, got 'init', but 16 of 16 losses at init of groups\.1, test_loop:be"
+    ):
+        loop.build(run)
+    assert loop.build(dataclasses.replace(run, groups=run.groups[:1]))
+
+
 BACKWARDS = [
     *("quickstart", "--compare", "", "--rule", "nn_adam", "--estimator.name", "truncated_backprop"),
     *("--task", "test_loop:without_meta_gradient", "--groups.0.settings", '{"part": 0.0}'),
