@@ -1,6 +1,7 @@
 """Run configs: frozen dataclasses that say everything a meta-training result depends on.
 
-A named config is a file in `configs/` whose `RUN` is a `Run`. Nothing here imports JAX, so that `--help` is quick.
+A named config is a file in `configs/` whose `RUN` is a `Run`; a user's own is one anywhere. Nothing here imports JAX,
+so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
+import os
 import re
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -359,10 +363,45 @@ def named() -> dict[str, str]:
 
 
 def load(name: str) -> Run:
-    """A named config. Raises ValueError listing the names, the nearest first."""
+    """A named config, or one's own: a file that defines RUN, or package.module:name of a Run or of what returns one.
+
+    Raises ValueError listing the names, the nearest first, or saying what the file or the module does not hold.
+    """
+    if ":" in name or name.endswith(".py"):
+        return _own(name)
     names = named()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}.")
+        raise ValueError(
+            f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}, a file that ends in .py, or "
+            "module:name."
+        )
     return importlib.import_module(f"meta_train.configs.{name}").RUN
+
+
+def _own(name: str) -> Run:
+    """A config of the user's. Raises ValueError where it cannot be imported or is none."""
+    path, what = (name, "RUN") if name.endswith(".py") else name.rsplit(":", 1)
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # at its end, so that a file of theirs never shadows an installed package
+    try:
+        if path.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(path)
+        found = getattr(module, what, None)
+        run = found() if callable(found) else found
+    except Exception as e:  # whatever a user's module raises
+        raise ValueError(f"lopt-train: {name}: {type(e).__name__}: {e}; valid: a file or a module that runs.") from e
+    if not isinstance(run, Run):
+        raise ValueError(
+            f"lopt-train: {name}: {what}, got {type(run).__name__}; valid: a meta_train.config.Run, or a function "
+            "without arguments that returns one."
+        )
+    return run

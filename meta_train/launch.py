@@ -32,6 +32,8 @@ T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
+                                                      CONFIG is a named one, a file.py that defines RUN, or
+                                                      package.module:name of a Run
        lopt-train --task package.module:function ...  the same with a task of one's own, by the quickstart's recipe
        lopt-train CONFIG ... --dry-run                shapes, memory, speed, how long it would take; writes nothing
        lopt-train CONFIG ... --profile                with a JAX trace of some meta-steps in the run directory
@@ -345,8 +347,13 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"lopt-train: {folder} is in use by another process.") from None
+        except OSError as e:
+            raise ValueError(
+                f"lopt-train: {folder} cannot be locked: {e.strerror}; valid: a file system with locks (a local one, "
+                "NFS, Lustre mounted with flock)."
+            ) from None
         yield
 
 

@@ -14,12 +14,24 @@ from meta_train.estimators.full_backprop import full_backprop
 from meta_train.estimators.truncated_backprop import truncated_backprop
 from meta_train.inner import Horizon, make_inner
 
+TINY = ("tiny", {"hidden": 16})  # narrower ones take minutes to differentiate, see features.SCALAR_WIDTH
+# Learned too, by an LSTM whose state all tensors share, and compiled in seconds; tiny's whole episodes take minutes.
+CLOCK = ("nn_adam", {"lstm_hidden": 4})
 
-@pytest.mark.parametrize("name", ["truncated_backprop", pytest.param("full_backprop", marks=pytest.mark.slow)])
-def test_equals_finite_differences(name):
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("truncated_backprop", TINY),
+        ("full_backprop", CLOCK),
+        pytest.param("full_backprop", TINY, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_equals_finite_differences(name, of):
     """Over a window in which episodes end, and over whole episodes."""
     with jax.enable_x64(True):
-        rule = rules.make("tiny", hidden=16)  # narrower ones take minutes to differentiate, see features.SCALAR_WIDTH
+        rule = rules.make(of[0], **of[1])
         task = tasks.make("tabular_mlp", hidden=(), batch_size=8)
         data = jax.tree.map(_double, task.data)
         inner = make_inner(rule, task._replace(data=data), horizon=Horizon(4, 6), meta_loss="train")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import itertools
 import re
+import shlex
+import types
 from pathlib import Path
 
 import jax
@@ -28,6 +31,138 @@ def test_the_readmes_code_trains(capsys):
     with jax.numpy_rank_promotion("allow"):
         exec(compile(code, "README.md", "exec"), {})
     assert float(capsys.readouterr().out) < 1e-3
+
+
+def blocks(path: Path, *languages: str) -> str:
+    """The fenced code of a page, one block after the other."""
+    found = re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", path.read_text(), re.DOTALL)
+    return "\n".join(found).replace("\\\n", " ")
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def trained() -> list[list[str]]:
+    """The words of the `lopt-train` commands of all pages that name a config; CONFIG and DIR are the reader's."""
+    found = []
+    lines = "\n".join(blocks(page, "bash", "yaml") for page in PAGES).splitlines()
+    for line in lines:
+        if "lopt-train " in line:
+            within = re.search(r'"(lopt-train [^"]*)"', line)  # the argument of another command
+            shell = shlex.shlex(within[1] if within else line, posix=True, punctuation_chars=True)
+            shell.whitespace_split = True
+            words = list(shell)
+            words = words[words.index("lopt-train") + 1 :]
+            words = list(itertools.takewhile(lambda word: not word or not set(word) <= set(";&|"), words))
+            if words[0] not in ("CONFIG", "list", "resume", "export", "$@"):
+                found.append(words)
+    return found
+
+
+def test_the_commands_of_the_pages_can_be_typed():
+    from meta_train import launch
+
+    commands = trained()
+    assert len(commands) >= 9
+    assert any(words[0] == "mixture" for words in commands)
+    for words in commands:
+        name, arguments = ("quickstart", words) if words[0].startswith("--") else (words[0], words[1:])
+        assert launch.parse(name, arguments).run.groups, words
+    with pytest.raises(ValueError, match="unknown config 'my-mixture'"):
+        launch.parse("my-mixture", [])
+
+
+class Server:
+    """A stand-in for an API server: what JAX asks of it, answered out of the manifest, if the Role allows it."""
+
+    def __init__(self, manifest: list[dict], index: int):
+        self.kinds, self.index = {one["kind"]: one for one in manifest}, index
+        job = self.kinds["Job"]
+        account = job["spec"]["template"]["spec"]["serviceAccountName"]
+        binding = self.kinds["RoleBinding"]
+        assert {"kind": "ServiceAccount", "name": account} in binding["subjects"]
+        assert binding["roleRef"]["name"] == self.kinds["Role"]["metadata"]["name"]
+        assert self.kinds["ServiceAccount"]["metadata"]["name"] == account
+
+    def allowed(self, group: str, resource: str, verb: str) -> None:
+        rules = self.kinds["Role"]["rules"]
+        assert any(group in r["apiGroups"] and resource in r["resources"] and verb in r["verbs"] for r in rules)
+
+    def list_namespaced_pod(self, namespace, field_selector):
+        self.allowed("", "pods", "list")
+        job = self.kinds["Job"]
+        labels = {"job-name": job["metadata"]["name"]}
+        owner = types.SimpleNamespace(controller=True, kind="Job")
+        meta = types.SimpleNamespace(name="pod", labels=labels, owner_references=[owner])
+        spec = types.SimpleNamespace(subdomain=job["spec"]["template"]["spec"].get("subdomain"))
+        return types.SimpleNamespace(items=[types.SimpleNamespace(metadata=meta, spec=spec)])
+
+    def read_namespaced_job(self, name, namespace):
+        self.allowed("batch", "jobs", "get")
+        job = self.kinds["Job"]
+        assert name == job["metadata"]["name"]
+        meta = types.SimpleNamespace(name=name, labels={})
+        return types.SimpleNamespace(metadata=meta, spec=types.SimpleNamespace(parallelism=job["spec"]["parallelism"]))
+
+
+def test_jaxs_detection_finds_its_way_in_the_manifest(monkeypatch):
+    import yaml
+    from jax._src.clusters import k8s_cluster
+
+    manifest = list(yaml.safe_load_all(blocks(ROOT / "docs/scaling.md", "yaml")))
+    server = Server(manifest, 3)
+
+    class Cluster(k8s_cluster.K8sCluster):
+        opt_in_only_method = True  # not to be found by others
+        _core_api = _batch_api = server
+        _ApiException = RuntimeError
+
+        @classmethod
+        def _namespace(cls):
+            return "default"
+
+    monkeypatch.setenv("HOSTNAME", "localhost")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    try:
+        assert Cluster.get_coordinator_address(None, None) == "lopt-0.lopt:55527"
+        job, service = server.kinds["Job"]["spec"], server.kinds["Service"]
+        assert Cluster.get_process_count() == job["completions"] == 8
+        assert Cluster.get_process_id() == 3
+    finally:
+        k8s_cluster.K8sCluster._cluster_types.remove(Cluster)
+    # The name of process 0 resolves, since the service is headless and selects the job's pods.
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["metadata"]["name"] == job["template"]["spec"]["subdomain"]
+    assert service["spec"]["selector"] == {"job-name": server.kinds["Job"]["metadata"]["name"]}
+    assert job["completionMode"] == "Indexed"
+    # The run directory is on the claim, which all pods can write to.
+    (container,), (volume,) = job["template"]["spec"]["containers"], job["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == server.kinds["PersistentVolumeClaim"]["metadata"]["name"]
+    assert server.kinds["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    (mount,) = container["volumeMounts"]
+    assert mount["name"] == volume["name"]
+    assert f"run={mount['mountPath']}/" in container["args"][0]
+
+
+def test_each_process_of_the_slurm_script_finds_its_gpu(monkeypatch):
+    """JAX gives a process the device of its number on the node, which must be visible to it."""
+    from jax._src.clusters.slurm_cluster import SlurmCluster
+
+    script = blocks(ROOT / "docs/scaling.md", "bash")
+    nodes, tasks, gpus = (
+        int(re.search(rf"#SBATCH --{x} (\d+)", script)[1]) for x in ("nodes", "ntasks-per-node", "gpus-per-node")
+    )
+    assert tasks == gpus
+    assert "--gpu-bind=none" in script
+    assert "--gpus-per-task" not in script
+    for number in range(nodes * tasks):
+        told = {"JOB_ID": "77", "STEP_NODELIST": "node[3-4]", "NTASKS": nodes * tasks, "PROCID": number}
+        for name, value in (told | {"LOCALID": number % tasks}).items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        assert SlurmCluster.is_env_present()
+        assert SlurmCluster.get_local_process_id() < gpus
+        assert SlurmCluster.get_process_id() < SlurmCluster.get_process_count() == nodes * tasks
+        assert SlurmCluster.get_coordinator_address(None, None).startswith("node3:")
 
 
 def test_the_shipped_quickstart_is_its_recipes():

@@ -154,6 +154,46 @@ def test_help_needs_no_jax(arguments):
     assert time.monotonic() - began < 5  # under a second on an idle machine; this one runs tests beside it
 
 
+OWN = """
+from meta_train.config import Group, Run
+
+RUN = Run(name="mine", groups=(Group("tabular_mlp"),), meta_steps=7)
+make = lambda: RUN
+other = 3
+"""
+
+
+def test_a_config_of_ones_own_is_a_file_or_what_a_module_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for path in ("own_config_of_a_test.py", "folder/with-a-dash.py"):
+        (tmp_path / path).write_text(OWN)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = "own_config_of_a_test.py", f"{tmp_path}/folder/with-a-dash.py", "own_config_of_a_test:RUN"
+    for name in (*names, "own_config_of_a_test:make", "folder/with-a-dash.py"):
+        run = launch.parse(name, ["--seed", "5"]).run
+        assert (run.name, run.meta_steps, run.seed) == ("mine", 7, 5)
+    assert cfg.command(run) == "lopt-train with the config under `provenance` in config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("gone.py", None, "lopt-train: gone.py: FileNotFoundError"),
+        ("broken.py", "RUN = 1 / 0", "lopt-train: broken.py: ZeroDivisionError: division by zero; valid: a file or"),
+        ("empty.py", "", "lopt-train: empty.py: RUN, got NoneType; valid: a meta_train.config.Run"),
+        ("no_such_module_of_a_test:RUN", None, "ModuleNotFoundError"),
+        ("json:loads", None, "lopt-train: json:loads: TypeError"),
+        ("math:pi", None, "lopt-train: math:pi: pi, got float; valid: a meta_train.config.Run, or a function"),
+    ],
+)
+def test_what_is_no_config_is_named(capsys, tmp_path, monkeypatch, name, text, says):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert says in failure(capsys, name)
+
+
 @pytest.mark.parametrize("name", cfg.named())
 def test_every_config_builds(name):
     run = cfg.load(name)
