@@ -107,11 +107,11 @@ class Validation:
     each time.
     """
 
-    suite: str = ""  # of lopt-eval, e.g. dev: its tasks join those below when a run begins, and it has no suite then
     tasks: Groups = ()  # their weights count in the mean; none: no meta-validation
     every: int = 200  # meta-steps; also at the start and at the end
     inner_steps: int = 500  # of an inner run, of whatever task
     seeds: int = 4  # inner runs a task
+    suite: str = ""  # of lopt-eval, e.g. dev: lopt-train puts its tasks among those above, and records them there
 
     def __post_init__(self) -> None:
         for key in ("every", "inner_steps", "seeds"):

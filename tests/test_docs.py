@@ -59,15 +59,19 @@ def trained() -> list[list[str]]:
     return found
 
 
-def test_the_commands_of_the_pages_can_be_typed():
+def test_the_commands_of_the_pages_can_be_typed(tmp_path, monkeypatch):
     from meta_train import launch
 
+    own = [code for code in blocks(ROOT / "docs/own-task.md", "python").split("\nfrom ") if "RUN = Run(" in code]
+    (tmp_path / "my_run.py").write_text(f"from {own[-1]}")
+    monkeypatch.chdir(tmp_path)
     commands = trained()
     assert len(commands) >= 9
     assert any(words[0] == "mixture" for words in commands)
     for words in commands:
         name, arguments = ("quickstart", words) if words[0].startswith("--") else (words[0], words[1:])
         assert launch.parse(name, arguments).run.groups, words
+    assert ["my_run.py"] in commands
     with pytest.raises(ValueError, match="unknown config 'my-mixture'"):
         launch.parse("my-mixture", [])
 
