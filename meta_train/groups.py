@@ -67,15 +67,17 @@ def programs(run: cfg.Run) -> Iterator[str]:
 
 
 def _data_of(group: cfg.Group) -> list[str]:
-    named = group.settings["data"]
-    return [named] if isinstance(named, str) else list(named)
+    """Names of its data sets; none where it does not say them by name."""
+    named = group.settings.get("data", ())
+    named = [named] if isinstance(named, str) else named
+    return list(named) if isinstance(named, (list, tuple)) and all(isinstance(x, str) for x in named) else []
 
 
 def _apart_by_data_alone(groups: Sequence[cfg.Group]) -> list[list[int]]:
     """Numbers of the groups of one family whose settings are the same but for the data sets that they name."""
     found: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
-        if "data" in group.settings:
+        if _data_of(group):
             rest = {name: value for name, value in group.settings.items() if name != "data"}
             found.setdefault(json.dumps([group.family, rest], sort_keys=True, default=str), []).append(i)
     return [numbers for numbers in found.values() if len(numbers) > 1]
