@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lopt import precision
+
 BLOCK = 1 << 16  # elements; measured: half as many are as good, twice as many up to a half slower
 
 
@@ -57,9 +59,16 @@ class Cut:
 
     def write(self, view: jax.Array, part: Any, i: Any) -> jax.Array:
         """The view with block i replaced by what `read` might have returned."""
-        for k, x in enumerate(part if isinstance(part, tuple | list) else (part,)):
-            view = _put(view, x.reshape(1, *view.shape[1:]), [k * self.count + i])
+        parts = part if isinstance(part, tuple | list) else (part,)
+        count = view.shape[0] // len(parts)
+        for k, x in enumerate(parts):
+            view = _put(view, x.reshape(1, *view.shape[1:]), [k * count + i])
         return view
+
+    def windows(self, size: int) -> int:
+        """In how many parts an array of low precision with so many bytes is written, see `LOW`."""
+        least = min(math.ceil(size / WINDOW), self.count)
+        return next((n for n in range(least, 2 * least) if self.count % n == 0), least) if least > 1 else 1
 
     def take(self, x: Any, i: Any) -> Any:
         """What belongs to block i of any array: a scalar whole, a part along the axes that are not reduced."""
@@ -108,6 +117,9 @@ class Stack:
 
     def write(self, view: jax.Array, part: jax.Array, i: Any) -> jax.Array:
         return _put(view, part, [i * self.size])
+
+    def windows(self, size: int) -> int:
+        return 1  # a stack is small
 
     def take(self, x: jax.Array, i: Any) -> jax.Array:
         return self.read(x, i, x)
@@ -168,47 +180,110 @@ def over(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack | None, 
 
 def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measure: Any) -> tuple[Any, Any]:
     flat, treedef = jax.tree.flatten(buffers)
-
-    def read(views: list[jax.Array], i: Any) -> Any:
-        return treedef.unflatten([cut.read(view, i, x) for view, x in zip(views, flat, strict=True)])
-
-    def write(views: list[jax.Array], parts: Any, i: Any) -> list[jax.Array]:
-        parts = treedef.flatten_up_to(parts)
-        return [cut.write(view, part, i) for view, part in zip(views, parts, strict=True)]
-
-    def block(views: list[jax.Array], i: Any) -> Any:
-        return f(read(views, i), jax.tree.map(lambda x: cut.take(x, i), xs))
+    low = [x.dtype in LOW for x in flat]
+    windows = cut.windows(sum(x.size * x.dtype.itemsize for x, is_low in zip(flat, low, strict=True) if is_low))
+    size = math.ceil(cut.count / windows)
 
     def add(results: Any, parts: Any, i: Any) -> Any:
         return jax.tree.map(lambda total, part: cut.add(total, part, i), results, parts)
 
-    # A block is written one iteration late. Were it read and written in the same one, XLA would see no order between
-    # the two and copy the whole buffer, every time.
-    def body(i: jax.Array, carry: Any) -> Any:
-        views, late, results = carry
-        before = jnp.maximum(i - 1, 0)
-        views = write(views, late, before)
-        if measure:
-            results = jax.lax.cond(i == 0, lambda: results, lambda: add(results, measure(late), before))
-        late, parts = block(views, i)
-        return views, late, results if measure else add(results, parts, i)
+    def sweep(views: list[jax.Array], results: Any, first: Any, last: Any) -> tuple[list[jax.Array], Any]:
+        """Of some blocks: new views, of low precision only these blocks, in bits."""
 
-    views = [cut.view(x) for x in flat]
-    new, _ = jax.eval_shape(block, views, 0)
+        def read(into: list[jax.Array], i: Any) -> Any:
+            now = [view if is_low else new for view, new, is_low in zip(views, into, low, strict=True)]
+            return treedef.unflatten([cut.read(_varying(x, i), i, like) for x, like in zip(now, flat, strict=True)])
+
+        def write(into: list[jax.Array], parts: Any, i: Any) -> list[jax.Array]:
+            each = zip(into, treedef.flatten_up_to(parts), flat, low, strict=True)
+            return [
+                cut.write(new, _bits(part, x.dtype), i - first) if is_low else cut.write(new, part, i)
+                for new, part, x, is_low in each
+            ]
+
+        def block(into: list[jax.Array], i: Any) -> Any:
+            new, parts = f(read(into, i), jax.tree.map(lambda x: cut.take(_varying(x, i), i), xs))
+            return jax.tree.map(precision.wide, new), parts
+
+        # A block is written one iteration late. Were it read and written in the same one, XLA would see no order
+        # between the two and copy the whole buffer, every time.
+        def body(i: jax.Array, carry: Any) -> Any:
+            into, late, results = carry
+            before = jnp.maximum(i - 1, first)
+            into = write(into, late, before)
+            if measure:
+                results = jax.lax.cond(i == first, lambda: results, lambda: add(results, measure(late), before))
+            late, parts = block(into, i)
+            return into, late, results if measure else add(results, parts, i)
+
+        into = [_window(x, size, cut.count) if is_low else x for x, is_low in zip(views, low, strict=True)]
+        late = jax.tree.map(precision.wide, read(into, first))
+        into, late, results = jax.lax.fori_loop(first, last, body, (into, late, results))
+        if measure:
+            results = add(results, measure(late), last - 1)
+        if windows == 1:
+            return write(into, late, last - 1), results
+        # In a loop, or the kernel that selects would write this block too, and not in place.
+        return jax.lax.fori_loop(last - 1, last, lambda i, into: write(into, late, i), into), results
+
+    def window(w: Any, carry: Any) -> Any:
+        views, results = carry
+        new, results = sweep(views, results, w * size, jnp.minimum((w + 1) * size, cut.count))
+        each = zip(views, new, low, strict=True)
+        return [_put_window(x, bits, w, cut.count) if is_low else bits for x, bits, is_low in each], results
 
     def all_results(buffers: Any, xs: Any) -> Any:
-        new, results = f(buffers, xs)
-        return measure(new) if measure else results
+        # Of the buffers themselves, as if they were new: f takes long to trace.
+        return measure(jax.tree.map(precision.wide, buffers)) if measure else f(buffers, xs)[1]
 
-    whole = jax.eval_shape(all_results, buffers, xs)
-    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
-    late = jax.tree.map(lambda x, y: x.astype(y.dtype), read(views, 0), new)
-    views, late, results = jax.lax.fori_loop(0, cut.count, body, (views, late, results))
-    last = cut.count - 1
-    if measure:
-        results = add(results, measure(late), last)
-    views = write(views, late, last)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(all_results, buffers, xs))
+    views = [cut.view(x) for x in flat]
+    if windows > 1:
+        views, results = jax.lax.fori_loop(0, windows, window, (views, results))
+    else:
+        views, results = sweep(views, results, 0, cut.count)
+        views = [_floats(view, x.dtype) for view, x in zip(views, flat, strict=True)]
     return treedef.unflatten([view.reshape(x.shape) for view, x in zip(views, flat, strict=True)]), results
+
+
+# What is stored in low precision. XLA's CPU compiler has no slices of it, neither for reading nor for writing: it
+# converts what is sliced, whole, and in a loop every time or, where it does not change, once and for all. Therefore:
+# - what is read looks as if it changed in the loop; the conversion is then fused with the slice, and costs nothing;
+# - what is written is kept as integers, of as many blocks as WINDOW allows, and selected into the whole array by a
+#   kernel that works in place.
+LOW = (jnp.bfloat16, jnp.float16)
+WINDOW = 32 << 20  # bytes
+
+
+def _varying(x: Any, i: Any) -> Any:
+    """x, of low precision as if it depended on i."""
+    return jax.lax.optimization_barrier((x, i))[0] if jnp.result_type(x) in LOW else x
+
+
+def _bits(parts: Any, dtype: Any) -> Any:
+    """An array, or several, rounded and as integers."""
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16), parts)
+
+
+def _floats(bits: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
+
+
+def _window(view: jax.Array, size: int, count: int) -> jax.Array:
+    """Room for the bits of `size` of a view's blocks; it may have several times `count`, see `Cut.view`."""
+    return jnp.zeros((view.shape[0] // count * size, *view.shape[1:]), jnp.uint16)
+
+
+def _put_window(view: jax.Array, bits: jax.Array, w: Any, count: int) -> jax.Array:
+    """A view whose w-th blocks in a row are those of a window."""
+    several, block = view.shape[0] // count, view.shape[1:]
+    size = bits.shape[0] // several
+    windows = math.ceil(count / size)
+    new = _floats(bits, view.dtype).reshape(several, 1, size, *block)
+    new = jnp.broadcast_to(new, (several, windows, size, *block)).reshape(several, windows * size, *block)
+    ours = jnp.arange(view.shape[0]) % count // size == w
+    # The view keeps its shape, or XLA does not see that the kernel may work in place.
+    return jnp.where(ours.reshape(-1, *[1] * len(block)), new[:, :count].reshape(view.shape), view)
 
 
 def means(f: Callable[[Any], Any], xs: Any, cut: Cut | None) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Float
 
-    from lopt.tensor import Moved, Tensor
+    from lopt.tensor import Moved, Scaled, Tensor
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
@@ -132,11 +132,11 @@ def move(
     tensor: Tensor,
     f: Callable[..., tuple[Array, Accumulators]],
     rows: Rows | None,
-    then: Callable[[Array], Array] | None = None,
+    scaled: Scaled | None = None,
 ) -> tuple[Moved, Accumulators]:
     """`Tensor.move` for a state of accumulators, f: `(g, p, acc, rows) -> (direction, acc)`."""
     if rows is None:
-        return tensor.move(f, tensor.state, None, then)
+        return tensor.move(f, tensor.state, None, scaled)
     acc = tensor.state
     factored: dict[str, Any] = {"row": None, "col": None}
 
@@ -144,7 +144,7 @@ def move(
         direction, new = f(g, p, large, rows)
         return direction, new._replace(**factored)
 
-    moved, large = tensor.move(block, acc._replace(**factored), rows, then)
+    moved, large = tensor.move(block, acc._replace(**factored), rows, scaled)
     return moved, large._replace(row=tensor.keep(rows.row, acc.row), col=tensor.keep(rows.col, acc.col))
 
 

@@ -62,6 +62,14 @@ class Given(NamedTuple):
     ok: Any = None  # () bool: a gradient that is not is taken for 0 and moves neither parameter nor state
 
 
+class Scaled(NamedTuple):
+    """A direction whose length is set by a mean square of it."""
+
+    factor: Callable[[jax.Array], jax.Array]  # of the mean squares, axes kept with length 1
+    axes: tuple[int, ...] | None = None  # of the means; None for all, as () then
+    matrices: Callable[[jax.Array], jax.Array] | None = None  # of the whole direction, before
+
+
 class Moved(NamedTuple):
     update: jax.Array  # like the tensor, in the parameter's precision
     mean_square: jax.Array  # () of the update, before rounding
@@ -157,14 +165,17 @@ class Tensor(NamedTuple):
         order = np.argsort([i for of in indices.values() for i in of])
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)[order]
 
-    def move(self, f: Callable[..., Any], buffers: Any, extra: Any = (), then: Any = None) -> tuple[Moved, Any]:
+    def move(
+        self, f: Callable[..., Any], buffers: Any, extra: Any = (), scaled: Scaled | None = None
+    ) -> tuple[Moved, Any]:
         """The update, and the state that is as large as the tensor.
 
         Args:
           f: `(g, p, buffers, extra) -> (direction, buffers)`, of blocks in float32.
           buffers: the large part of the state; it is replaced in place, as the gradient is by the update.
           extra: as in `means`.
-          then: a function of the whole direction, which is then kept in float32, or None.
+          scaled: what the whole direction is multiplied by, or None. Between the two passes a tensor in blocks keeps
+            its direction where the update is going to be, in bfloat16 if gradient and parameter are.
         """
 
         def block(written: Any, xs: Any) -> Any:
@@ -172,17 +183,26 @@ class Tensor(NamedTuple):
             g, p, wide = self._wide(u if g is None else g, p, old)
             direction, new = f(g, p, wide, extra)
             new = precision.narrow(self.keep(new, wide), old, (g, p, self.step.count))
-            return (direction if then else self.stepped(direction, p), new), ()
+            return (direction if scaled else self.stepped(direction, p), new), ()
+
+        def second(u: Any, xs: Any) -> Any:
+            p, factor = xs
+            return self.stepped(precision.wide(u) * factor, precision.wide(p)), ()
 
         g, p = self.given.g, self.given.p
-        u, g = room(g, precision.wide(p) if then else p)
+        small = p.dtype == jnp.bfloat16 and self.cut is not None  # float32 would be temporary, and twice as large
+        u, g = room(g, precision.wide(p) if scaled and not small else p)
+        axes = scaled.axes if scaled and scaled.matrices is None else None
         (u, buffers), mean_square = blocks.over(
-            block, (u, buffers), (g, p, extra), self.cut, None if then else lambda new: mean_square_of(new[0])
+            block, (u, buffers), (g, p, extra), self.cut, lambda new: mean_square_of(new[0], axes)
         )
-        if not then:
-            return Moved(u, self.pooled(mean_square)), buffers
-        step = self.stepped(then(u), precision.wide(p))
-        return Moved(step.astype(p.dtype), self.pooled(mean_square_of(step))), buffers
+        if scaled:
+            if scaled.matrices:
+                u = self.gathered(scaled.matrices, precision.wide(u))
+                mean_square = jnp.mean(u * u, axis=scaled.axes, keepdims=True)
+            factor = scaled.factor(self.pooled(mean_square, scaled.axes))
+            u, mean_square = blocks.over(second, u, (p, factor), self.cut, mean_square_of)
+        return Moved(u.astype(p.dtype), self.pooled(mean_square).astype(jnp.float32)), buffers
 
     def gathered(self, f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         """This device's part of f of the whole tensor, for what cannot be computed in parts."""
@@ -212,8 +232,9 @@ def _pooled(leaf: Leaf, mean: Any, axes: tuple[int, ...] | None = None) -> Any:
     return jax.lax.pmean(mean, names) if names else mean
 
 
-def mean_square_of(x: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+def mean_square_of(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """() over all axes; over some of them, they are kept with length 1."""
+    return jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=axes, keepdims=axes is not None)
 
 
 def room(g: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive, unknown
-from lopt.tensor import Leaf, Tensor
+from lopt.tensor import Leaf, Scaled, Tensor
 from lopt.transform import Arithmetic, clip_scale, define
 
 INPUTS, UNFACTORED_INPUTS = 30, 15
@@ -153,15 +153,12 @@ def celo2(
                 direction, magnitude, _ = F.mlp(theta.mlp, xs, scales, g.shape, None)
                 return direction * jnp.exp(magnitude * exp_mult) * size, acc
 
-            def normalised(x):
-                x = tensor.gathered(orthogonalize, x) if newton_schulz and rank >= 2 else x
-                mean_square = tensor.pooled(jnp.mean(x * x, axis=last_two, keepdims=True), last_two)
-                return x * jax.lax.rsqrt(mean_square + 1e-9) * rms_mult
-
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-9, last_two)
             size = jnp.sqrt(tensor.mean_square() + 1e-9) if param_scale else 1.0
-            return F.move(tensor, direction, rows, then=normalised)
+            matrices = orthogonalize if newton_schulz and rank >= 2 else None
+            scaled = Scaled(lambda square: jax.lax.rsqrt(square + 1e-9) * rms_mult, last_two, matrices)
+            return F.move(tensor, direction, rows, scaled)
 
         def decay(leaf: Leaf, weight_decay):
             if not under_adam(leaf):

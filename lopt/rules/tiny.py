@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
+from lopt.tensor import Scaled
 from lopt.transform import Arithmetic, define
 
 INPUTS = 17  # per element; t/T and log t are added
@@ -109,14 +110,11 @@ def tiny(
                 # What never had a gradient (a frozen part, an unused row) stays, though its parameter is an input too.
                 return jnp.where(acc.v > 0, direction, 0.0), acc
 
-            def sized(x):
-                return x * (size * jax.lax.rsqrt(tensor.pooled(jnp.mean(x * x)) + 1e-12))
-
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
             rms = F.safe_sqrt(tensor.mean_square())
             size = step_mult * jnp.exp(theta.log_step) * jnp.maximum(rms, min_rms)
-            return F.move(tensor, direction, rows, then=sized)
+            return F.move(tensor, direction, rows, Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12)))
 
         return Arithmetic(init_leaf, update, theta)
 
