@@ -43,8 +43,8 @@ def two_steps(name, shapes, dtype=np.float32, **bind):
     return updates, state
 
 
-def close(ours, theirs, rtol=1e-4):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), ours, theirs)
+def close(ours, theirs, rtol=1e-4, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
 
 
 def some_slow(names, quick):
@@ -123,13 +123,14 @@ def test_stacks_change_nothing(name, block, dtype, monkeypatch):
     close(wide(two_steps(name, shapes, dtype)), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-4)
 
 
-@pytest.mark.parametrize("name", ["small_fc", "tiny"])  # the direction of the second is rounded before it is scaled
-def test_low_precision_in_blocks(name, monkeypatch):
+# The direction of the second is rounded before it is scaled, and the decay added to it.
+@pytest.mark.parametrize(("name", "atol"), [("small_fc", 1e-6), ("tiny", 2e-4)])
+def test_low_precision_in_blocks(name, atol, monkeypatch):
     expected = two_steps(name, SHAPES, jnp.bfloat16)
     set_block(monkeypatch, 16)
     ours = two_steps(name, SHAPES, jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(ours[0])} == {jnp.dtype("bfloat16")}
-    close(wide(ours), wide(expected), rtol=1e-2)
+    close(wide(ours), wide(expected), rtol=1e-2, atol=atol)
 
 
 @pytest.mark.parametrize(
