@@ -222,8 +222,7 @@ def test_a_tensor_of_a_hundred_million_needs_little_memory(name, dtype, settings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_tree_of_ten_million_needs_little_memory(dtype):
+def test_a_tree_of_ten_million_needs_little_memory():
     """What is temporary in the compiled update of GPT-2's shapes in 150 leaves."""
     width, layers, vocabulary = 192, 12, 12_288
     sides = {"in": 3 * width, "out": width, "up": 4 * width}
@@ -236,4 +235,4 @@ def test_a_tree_of_ten_million_needs_little_memory(dtype):
     rule, theta = built("small_fc")
     tx = rule.bind(theta, num_steps=HORIZON)
     assert len(shapes) == 150
-    assert temporary(tx, shapes, dtype) < 64 << 20
+    assert temporary(tx, shapes, jnp.float32) < 64 << 20
