@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
-import math
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 
 from tasks import data
 from tasks.base import Source, Task
+from tasks.data import content
 
 
 class Reserved(NamedTuple):
@@ -41,12 +41,6 @@ DEV = Reserved(("breast_cancer", "diabetes"), ("tabular_mlp",))
 # Names of sets elsewhere that contain one of ours, in any version.
 ALIASES = {"fashion_mnist": "fashion10k", "mnist": "mnist5k"}
 
-SHARE = 0.01  # of rows or windows that must be found before a set is said to be inside another
-LEVELS, OFFSET = 255.0, 0.3719  # a grid that no round number lies on an edge of, so that rounding noise does not matter
-LEAST_VALUES = 8  # different ones in a row: plain ones could be anybody's
-WINDOW, SAMPLED = 64, 16  # tokens; of the windows one in so many is looked at
-MOST_ROWS, MOST_TOKENS = 20_000, 2**23  # that are looked at, spread over what there is
-LEAST_TOKENS = 24  # different ones in a text: fewer are labels
 # Whose functions are not followed: what they hold is theirs.
 LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "functools", "orbax", "grain", "scipy"}
 LIBRARIES |= {"matplotlib", "pandas", "PIL", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
@@ -54,109 +48,9 @@ LIBRARIES |= {"_pytest"}  # an assert that it rewrote names it, and it has hold 
 STANDARD = LIBRARIES | sys.stdlib_module_names - {"__main__"}  # whose objects hold no task of a user's
 
 
-def fingerprints(rows: np.ndarray) -> np.ndarray:
-    """Hashes [m] of rows [n, d], m <= n, that do not change with the unit or the zero of their numbers.
-
-    Rows that are not finite or have fewer than LEAST_VALUES different values are left out.
-    """
-    rows = np.asarray(rows, np.float64)
-    low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
-    with np.errstate(all="ignore"):
-        grid = (rows - low) / (high - low) * LEVELS + OFFSET
-    kept = np.isfinite(grid).all(1)
-    grid = grid[kept].astype(np.uint8)
-    ordered = np.sort(grid, 1)
-    grid = grid[(np.diff(ordered, axis=1) > 0).sum(1) + 1 >= LEAST_VALUES]
-    return grid.astype(np.uint64) @ _odd(grid.shape[1])
-
-
-@functools.cache
-def _odd(count: int) -> np.ndarray:
-    """Random odd numbers [count]: their sum over equal bytes, modulo 2^64, is equal."""
-    return np.random.RandomState(0).randint(0, 2**63, count, np.uint64) * np.uint64(2) + np.uint64(1)
-
-
-def passages(tokens: np.ndarray) -> np.ndarray:
-    """Hashes of one in SAMPLED of the windows of tokens [n], such that the vocabulary does not matter.
-
-    A token counts as its distance from the last one that was the same, 0 where that is too far. Windows most of whose
-    tokens repeat the one before (blanks, margins of images) are left out. Which are sampled their hash decides, so that
-    equal texts are sampled alike.
-    """
-    order = np.argsort(tokens, kind="stable")
-    apart = np.diff(order)
-    same = np.diff(tokens[order].astype(np.int64)) == 0
-    distance = np.zeros(len(tokens), np.uint64)
-    distance[order[1:]] = np.where(same & (apart < WINDOW // 2), apart, 0)
-    # The first half of a window only says what the second half refers to.
-    runs = np.cumsum(np.append(0, distance == 1))
-    hashes, factor, span = distance + np.uint64(1), np.uint64(0x9E3779B97F4A7C15), 1
-    with np.errstate(over="ignore"):
-        while span < WINDOW // 2:
-            hashes = hashes[:-span] * factor + hashes[span:]
-            factor, span = factor * factor, 2 * span
-    varied = runs[WINDOW // 2 :] - runs[: -WINDOW // 2] < WINDOW // 4
-    hashes = hashes[varied[: len(hashes)]][WINDOW // 2 :]
-    return hashes[hashes >> np.uint64(32) & np.uint64(SAMPLED - 1) == 0]
-
-
-@functools.cache
-def _known_rows(length: int, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Held-out image set -> hashes of its rows at the size at which they have `length` numbers.
-
-    Args:
-      dtype: a type of 16 bits, whose rounding depends on the unit: hashes are those of pixels in [0, 1], in ± 1 and as
-        bytes. None: of any other.
-
-    Height and width may be swapped, and channels may come first.
-    """
-    known = {}
-    for name in set(HELD_OUT.data) & set(data.POOLING):
-        channels = data.channels(name)
-        for size in data.POOLING[name]:
-            if size * size * channels == length:
-                x = data.images(name, size).x.reshape(-1, size, size, channels)
-                units = (x,) if dtype is None else [unit.astype(dtype) for unit in (x, 2 * x - 1, 255 * x)]
-                orders = [(0, 1, 2, 3), (0, 2, 1, 3), *([(0, 3, 1, 2), (0, 3, 2, 1)] if channels > 1 else [])]
-                rows = [unit.transpose(order).reshape(-1, length) for unit in units for order in orders]
-                known[name] = np.concatenate([fingerprints(one) for one in rows])
-    return known
-
-
-@functools.cache
-def _known_passages() -> dict[str, np.ndarray]:
-    texts = [name for name in HELD_OUT.data if name in data.names("text")]
-    return {name: passages(data.text(name).tokens) for name in texts}
-
-
 def inside(tree: Any) -> tuple[str, ...]:
     """Names of the held-out data sets whose content is in a pytree of arrays."""
-    import jax
-
-    found = set()
-    for leaf in jax.tree.leaves(tree):
-        if not hasattr(leaf, "shape") or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            continue
-        short = leaf.dtype.itemsize == 2 and jax.dtypes.issubdtype(leaf.dtype, np.floating)
-        for axis in range(len(leaf.shape)):
-            known = _known_rows(math.prod(leaf.shape[axis:]), leaf.dtype if short else None)
-            if known and leaf.size:
-                rows = np.asarray(leaf).reshape(-1, math.prod(leaf.shape[axis:]))
-                hashes = fingerprints(rows[:: -(-len(rows) // MOST_ROWS)])
-                found |= {name for name, theirs in known.items() if _share(hashes, theirs) >= SHARE}
-        if np.issubdtype(leaf.dtype, np.integer) and leaf.size >= 4 * WINDOW:
-            tokens = np.asarray(leaf).reshape(-1)
-            if len(tokens) > MOST_TOKENS:  # some pages of each part
-                pages = tokens[: len(tokens) // 4096 * 4096].reshape(-1, 4096)
-                tokens = pages[:: -(-len(tokens) // MOST_TOKENS)].reshape(-1)
-            if len(np.unique(tokens)) >= LEAST_TOKENS:
-                hashes = passages(tokens)
-                found |= {name for name, theirs in _known_passages().items() if _share(hashes, theirs) >= SHARE}
-    return tuple(sorted(found))
-
-
-def _share(hashes: np.ndarray, known: np.ndarray) -> float:
-    return float(np.isin(hashes, known).mean()) if len(hashes) else 0.0
+    return content.inside(tree, HELD_OUT.data)
 
 
 def aliases(source: Source) -> tuple[str, ...]:

@@ -275,12 +275,33 @@ def test_text_is_recognised_by_content():
     assert held_out.inside({"x": other[:100_000].reshape(-1, 200)}) == ("python_source",)
 
 
+@pytest.mark.parametrize("length", [17, 33, 65])
+def test_windows_of_a_text_are_recognised_by_content(length):
+    """As one cuts them for a language model: anywhere, in any order, with another vocabulary, time first or last."""
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(256)
+
+    def windows(name, first=0):
+        tokens = data.text(name).tokens
+        starts = first + rng.integers(0, 300_000, 20_000)
+        return ids[tokens[starts[:, None] + np.arange(length)]]
+
+    modules, verses = windows("python_source", 2_000_000), windows("kjv")
+    assert held_out.inside(modules) == held_out.inside(modules.T.astype(np.int32)) == ("python_source",)
+    assert held_out.inside(verses) == ()
+    rows = {"train": modules, "validation": modules[:100], "test": modules[:100]}
+    task = tasks.from_functions(jax.random.normal, lambda params, key, batch: 0.0 * params, rows)
+    assert held_out.touched_by(task.provenance, [task.family]) == ["data python_source"]
+
+
 def test_other_content_is_left_alone():
     rng = np.random.default_rng(0)
     for tree in (
         data.text("kjv").tokens,
         data.images("mnist5k", 28).x,
         (data.images("digits", 8).x * 16).astype(np.uint8),
+        (data.images("mnist5k", 28).x * 255).astype(np.uint8),
+        rng.integers(0, 30, (5000, 24)),
         rng.integers(0, 96, 100_000),
         rng.random((500, 784)),
         np.zeros((100, 784)),

@@ -41,6 +41,9 @@ def folder(tmp_path_factory):
     with np.load(data.FOLDER / "fashion10k.npz") as held:
         clothes = held["x"][:80]
     tfds.prepare("renamed", {"train": rows(np.concatenate([TRAIN[:200], clothes]))}, at, classes=10)
+    modules = data.text("python_source")
+    source = modules.decode(modules.tokens[:60_000]).split("\n")
+    tfds.prepare("modules", {"train": [{"text": line} for line in source]}, at)
     colour = rng.integers(0, 256, (40, 32, 32, 3)).astype(np.uint8)
     tfds.prepare("colour", {"train": rows(colour)}, at, classes=10)
     return at
@@ -186,7 +189,8 @@ def test_tfrecord_is_refused_with_the_conversion(tmp_path, monkeypatch):
             lambda: tasks.make("image_mlp", data="noise", source="tfds", window=9000),
             "window, got 9000 rows; valid: 1 to",
         ),
-        (lambda: tasks.make("image_mlp", data="lines", source="tfds", window=9), "holds text, which is not fed"),
+        (lambda: tasks.make("image_mlp", data="lines", source="tfds", window=9), "holds text; valid"),
+        (lambda: tasks.make("rnn_lm", data="noise", source="tfds", window=9), "holds images; valid"),
     ],
 )
 def test_errors_name_the_fix(call, says):
@@ -251,3 +255,44 @@ def test_a_run_is_fed_by_windows_which_its_meta_step_determines():
     assert np.array_equal(resumed.x, data_at(29)[0].x)
     assert data_at(25)[0] is data_at(29)[0]  # one window is decoded once
     assert groups.feed(made[1:], first[1:], 10, put)(99)[0] is made[1].data
+
+
+def characters(held, split):
+    return held.decode(held.tokens[slice(*held.splits[split])])
+
+
+def test_windows_of_a_text_follow_each_other():
+    settings = {"data": "lines", "source": "tfds", "width": 4, "length": 8, "window": 90}
+    task = tasks.make("rnn_lm", **settings)
+    name = tasks.pin("rnn_lm", settings)["data"]
+    assert name.startswith(f"{PREFIX}lines:1.0.0#")
+    assert name.endswith("?rows=90")
+    first = data.text(name)
+    text = "".join(line.replace("—", "?") + "\n" for line in LINES)
+    assert text.startswith(characters(first, "train"))
+    assert [characters(first, split).count("\n") for split in SPLITS] == [90, 50, 45]
+    assert text.endswith(characters(first, "test") + characters(first, "validation"))
+    for index in (1, 4, 5):  # the last ones begin the set again
+        held = data.text(f"{name}&window={index}")
+        assert held.splits == first.splits
+        assert characters(held, "train").startswith(LINES[90 * index % 405].replace("—", "?") + "\n")
+        assert characters(held, "test") == characters(first, "test")
+        assert np.array_equal(task.window(index), held.tokens)
+    with pytest.raises(ValueError, match=r"lines\S* window, got 900 rows; valid: 1 to 405"):
+        tasks.make("rnn_lm", **settings | {"window": 900})
+
+
+def test_what_is_held_out_is_recognised_in_windows():
+    """By what the task keeps as its provenance, as a recording of it would be judged."""
+    for family, settings in (
+        ("image_mlp", {"data": "renamed", "size": 14, "hidden": [4]}),
+        ("rnn_lm", {"data": "modules", "width": 4, "length": 8}),
+    ):
+        expected = {"image_mlp": "data fashion10k", "rnn_lm": "data python_source"}[family]
+        for window in ({}, {"window": 90}):
+            task = tasks.make(family, source="tfds", **settings, **window)
+            assert held_out.touched_by(task.provenance, [task.family]) == [expected]
+            with pytest.raises(ValueError, match=f"touches what is held out for evaluation: {expected}"):
+                held_out.refuse("lopt-train", [task])
+    for window in ({}, {"window": 90}):
+        assert len(tasks.make("rnn_lm", data="lines", source="tfds", width=4, length=8, **window).provenance) == 1

@@ -171,12 +171,12 @@ def table(name: str) -> Dataset:
 
 
 def text(name: str, source: str = "embedded") -> Text:
-    """A text. Raises ValueError for another kind of set, naming the valid ones."""
+    """A text, or a window of one as in `images`. Raises ValueError for another kind of set, naming the valid ones."""
     name = resolve(name, source)
     if name.startswith(PREFIX):
-        from tasks.data import tfds
+        from tasks.data import stream, tfds
 
-        return tfds.text(name)
+        return stream.text(name) if stream.parse(name) else tfds.text(name)
     return _text(name)
 
 

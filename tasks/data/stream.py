@@ -1,4 +1,4 @@
-"""Windows of image sets of TFDS that do not fit on a device: Grain decodes one part of the training rows at a time.
+"""Windows of sets of TFDS that do not fit on a device: Grain decodes one part of the training rows at a time.
 
 Tasks run in-graph, so their data must be on the device. A window is `rows` training rows beside validation and test
 rows that stay the same; all windows have the same shapes, and which rows are in window i is a function of i alone: a
@@ -56,26 +56,49 @@ def images(name: str, size: int) -> data.Dataset:
 
     Raises ValueError for a set that is not there, is text, or has fewer training rows than the window.
     """
-    part = parse(name)
-    assert part is not None
-    prepared, sha256 = _identity(part.name)
+    part, prepared, source = _part(name)
     key, label = tfds.columns(prepared)
     if label is None:
-        raise ValueError(f"tasks.data: {PREFIX}{part.name} holds text, which is not fed in windows; valid: images.")
+        raise ValueError(f"tasks.data: {PREFIX}{part.name} holds text; valid: a set with an image and a label.")
     pad, pool = tfds.pooling(prepared.name, prepared.features[key].shape[0], size)
-    sources = _sources(part.name)
-    if not 1 <= part.rows <= len(sources["train"]):
-        most = len(sources["train"])
-        raise ValueError(f"tasks.data: {PREFIX}{part.name} window, got {part.rows} rows; valid: 1 to {most}.")
-    mixed = sources["train"].seed(SEED).shuffle().repeat()
+    mixed = _sources(part.name)["train"].seed(SEED).shuffle().repeat()
     train = _decode(mixed[part.index * part.rows : (part.index + 1) * part.rows], key, label)
     parts = [train, _held(part.name, "validation"), _held(part.name, "test")]
     x = tfds.shrink(np.concatenate([x for x, _ in parts]), pad, pool)
     y = np.concatenate([y for _, y in parts])
-    stops = np.cumsum([0, *(len(y) for _, y in parts)]).tolist()
-    splits = dict(zip(SPLITS, itertools.pairwise(stops), strict=True))
-    source = Source(PREFIX + prepared.name, sha256)
-    return data.Dataset(x, y, prepared.features[label].num_classes, splits, source)
+    classes = prepared.features[label].num_classes
+    return data.Dataset(x, y, classes, _ranges([x for x, _ in parts]), source, _aliases(part.name))
+
+
+def text(name: str) -> data.Text:
+    """The text of a window, as `tasks.data.text` has it: its training rows follow each other as in the set.
+
+    All windows are as long as the first: of a longer one the end is left out, a shorter one begins again.
+
+    Raises ValueError for a set that is not there, holds images, or has fewer training rows than the window.
+    """
+    part, prepared, source = _part(name)
+    if tfds.columns(prepared)[1] is not None:
+        raise ValueError(f"tasks.data: {PREFIX}{part.name} holds images; valid: a set with a text.")
+    train = _lines(part.name, "train", part.index * part.rows, part.rows)
+    train = np.resize(train, _length(part.name, part.rows))
+    parts = [train, *(_lines(part.name, split, 0, HELD) for split in SPLITS[1:])]
+    return data.Text(np.concatenate(parts), tfds.PRINTABLE, _ranges(parts), source, _aliases(part.name))
+
+
+def _part(name: str) -> tuple[Part, tfds.Prepared, Source]:
+    """What a name asks for. Raises ValueError for a set that is not there or has fewer rows than the window."""
+    part = parse(name)
+    assert part is not None
+    prepared, sha256 = _identity(part.name)
+    if not 1 <= part.rows <= (most := len(_sources(part.name)["train"])):
+        raise ValueError(f"tasks.data: {PREFIX}{part.name} window, got {part.rows} rows; valid: 1 to {most}.")
+    return part, prepared, Source(PREFIX + prepared.name, sha256)
+
+
+def _ranges(parts: list[np.ndarray]) -> dict[Split, tuple[int, int]]:
+    stops = np.cumsum([0, *map(len, parts)]).tolist()
+    return dict(zip(SPLITS, itertools.pairwise(stops), strict=True))
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,6 +134,31 @@ def _sources(name: str) -> dict[Split, Any]:
     return whole | {"train": whole["train"].slice(slice(0, count))}
 
 
+@functools.lru_cache(maxsize=4)
+def _aliases(name: str) -> tuple[Source, ...]:
+    """Embedded sets that have rows or passages in common with this one, by HELD rows of each split."""
+    from tasks import held_out
+
+    prepared, _ = _identity(name)
+    texts = tfds.columns(prepared)[1] is None
+    held = [_lines(name, split, 0, HELD) if texts else _held(name, split)[0] for split in SPLITS]
+    found = {one for part in held for one in held_out.inside(part)}
+    return tuple(Source(one, data.sha256(one)) for one in sorted(found))
+
+
+@functools.lru_cache(maxsize=8)
+def _lines(name: str, split: Split, first: int, count: int) -> np.ndarray:
+    """Characters of rows of a split, from the beginning again where it ends: index in tfds.PRINTABLE."""
+    source, (key, _) = _sources(name)[split], tfds.columns(_identity(name)[0])
+    rows = source.repeat()[first : first + (count if split == "train" else min(count, len(source)))]
+    return tfds.characters(row[key] for row in rows.to_iter_dataset(_options()))
+
+
+def _length(name: str, rows: int) -> int:
+    """Characters of the first window."""
+    return len(_lines(name, "train", 0, rows))
+
+
 @functools.lru_cache(maxsize=8)
 def _held(name: str, split: Split) -> tuple[np.ndarray, np.ndarray]:
     prepared, _ = _identity(name)
@@ -121,9 +169,12 @@ def _held(name: str, split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 def _decode(rows: Any, key: str, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, s, s] or [n, s, s, 3] and labels int32 [n]."""
-    import grain
-
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=256)
-    pairs = [(row[key], row[label]) for row in rows.to_iter_dataset(options)]
+    pairs = [(row[key], row[label]) for row in rows.to_iter_dataset(_options())]
     x = np.stack([image for image, _ in pairs])
     return (x[..., 0] if x.shape[-1] == 1 else x), np.array([y for _, y in pairs], np.int32)
+
+
+def _options() -> Any:
+    import grain
+
+    return grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=256)

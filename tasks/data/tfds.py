@@ -253,9 +253,13 @@ def _decode(prepared: Prepared, split: str, key: str, label: str | None) -> tupl
             row = rows[i]
             x[i], y[i] = row[key], row[label]
         return (x[..., 0] if shape[-1] == 1 else x), y
+    return characters(rows[i][key] for i in range(len(rows))), None
+
+
+def characters(lines: Iterable[str | bytes]) -> np.ndarray:
+    """Index in PRINTABLE, uint8, of lines of a text; no more are read than make MAX_CHARACTERS."""
     pieces, total = [], 0
-    for i in range(len(rows)):
-        line = rows[i][key]
+    for line in lines:
         pieces.append((line.decode("utf8", "replace") if isinstance(line, bytes) else line) + "\n")
         total += len(pieces[-1])
         if total >= MAX_CHARACTERS:
@@ -263,7 +267,7 @@ def _decode(prepared: Prepared, split: str, key: str, label: str | None) -> tupl
     codes = np.frombuffer("".join(pieces).encode("ascii", "replace"), np.uint8)
     table = np.full(256, PRINTABLE.index("?"), np.uint8)
     table[[ord(c) for c in PRINTABLE]] = np.arange(len(PRINTABLE))
-    return table[codes], None
+    return table[codes]
 
 
 def _parse(name: str) -> dict[str, str | None]:
