@@ -207,7 +207,11 @@ def _marks(rows: Any) -> Int[Array, " B"]:
 
 
 def lower_precision(task: Task, *, dtype: str = "bfloat16") -> Task:
-    """Loss and gradient computed in "bfloat16" or "float16"; params, gradients and losses stay as they are."""
+    """Loss and gradient computed in "bfloat16" or "float16"; params, gradients and losses stay as they are.
+
+    The gradient of an `es` task is computed in float32, from params that were rounded: it is made of differences of
+    losses, which are zero in 8 bits.
+    """
     _choose("lower_precision", "dtype", dtype, ("bfloat16", "float16"))
 
     def cast(tree: Any) -> Any:

@@ -43,7 +43,7 @@ def es(
     pairs: int = 32,
     std: float = 0.02,
 ) -> Task:
-    """A task of another family by the gradient of its Gaussian smoothing.
+    """A task of another family by the gradient of its Gaussian smoothing, in float32 whatever the params' type.
 
     Args:
       task: the other family.
@@ -62,13 +62,20 @@ def es(
 
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Any, batch: Any) -> tuple[Float[Array, ""], Any]:
         noise_key, loss_key = jax.random.split(key)
-        flat, unravel = ravel_pytree(params)
+        # Of 8 bits (bfloat16) neither params nor losses change by a small perturbation: all of this is in 32.
+        full, phi, batch = (jax.tree.map(_float32, tree) for tree in (params, phi, batch))
+        flat, unravel = ravel_pytree(full)
         noise = std * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
 
         def loss(perturbation: Array) -> Array:
             return inner.loss(unravel(flat + perturbation), loss_key, phi, batch)
 
         plus, minus = jax.vmap(loss)(noise), jax.vmap(loss)(-noise)
-        return jnp.mean(0.5 * (plus + minus)), unravel((plus - minus) @ noise / (2 * pairs * std**2))
+        grads = unravel((plus - minus) @ noise / (2 * pairs * std**2))
+        return jnp.mean(0.5 * (plus + minus)), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     return inner._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {std:g})")
+
+
+def _float32(leaf: Array) -> Array:
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tasks
+import tasks.es
 from lopt import rules
 from meta_train.inner import Horizon, make_inner
 from tasks.augment import AUGMENTATIONS, wrap
@@ -185,6 +186,25 @@ def test_lower_precision_is_lower_but_near(task):
     jaxpr = str(jax.make_jaxpr(wrapped.loss)(params, KEYS[2], phi, batch))
     assert "dot_general" in jaxpr
     assert "f32[32,8]" not in jaxpr.replace("bf16", "")  # the hidden layer is nowhere in full precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_evolution_strategies_see_small_perturbations_in_low_precision(dtype, wrapped):
+    """At the smallest std of its SPACE, where a loss of 8 bits is the same for each perturbation."""
+    task = tasks.make("es", task="tabular_mlp", settings={"hidden": (8,)}, pairs=64, std=tasks.es.SPACE["std"].low)
+    phi, params, batch = start(task)
+    low = lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, tree)  # noqa: E731
+    _, true = gradient(task, params, phi, batch)
+    if wrapped:
+        value, grads = gradient(wrap(task, [("lower_precision", {"dtype": dtype})]), params, phi, batch)
+    else:
+        value, grads = gradient(task, low(params), phi, low(batch))
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
+    assert value.dtype == jnp.float32
+    one, other = (jnp.concatenate([x.ravel().astype(jnp.float32) for x in jax.tree.leaves(g)]) for g in (grads, true))
+    assert one @ other > 0.95 * jnp.linalg.norm(one) * jnp.linalg.norm(other)
+    assert jnp.linalg.norm(one) == pytest.approx(float(jnp.linalg.norm(other)), rel=0.1)
 
 
 def test_delayed_gradients_come_late():
