@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +35,10 @@ class _WrongError(Exception):
 def check(task: Task) -> None:
     """Raise ValueError that lists what is wrong with a task; return None if nothing was found.
 
-    Everything is traced under jit and vmap, one gradient is taken at init, and the same keys are used twice. Nothing is
-    said of how well it trains.
+    Everything is traced under jit and vmap, and one gradient is taken at init. To find what is not a function of its
+    key, all is traced twice, jitted functions too, and run twice. Nothing is said of how well it trains, and what
+    happens to be the same both times is not seen: a file that will change, a clock of days, a counter that a trace
+    moves back.
     """
     wrong = problems(task)
     if wrong:
@@ -162,26 +165,38 @@ def _values(task: Task) -> Iterator[str]:
         return params, *(task.value_and_grad or jax.value_and_grad(task.loss))(params, loss_key, phi, batch)
 
     keys = jax.random.split(jax.random.key(0), 2)
-    traced = _guard("its step", jax.make_jaxpr(step), keys[0], task.data)
+    # Jitted functions are traced once a setting of JAX's; these are two names of one.
+    with jax.default_matmul_precision("float32"):
+        traced = _guard("its step", jax.make_jaxpr(step), keys[0], task.data)
+    with jax.default_matmul_precision("highest"):
+        again = jax.make_jaxpr(lambda *given: step(*given))(keys[0], task.data)  # a new function is traced anew
     baked = sum(math.prod(np.shape(constant)) for constant in _constants(traced))
     if baked > MAX_CONSTANTS:
         yield (
             f"{baked:,} numbers are closed over and would be copied into every compiled program; valid: pass them in "
             "`data`, which the functions receive as an argument"
         )
-    again = jax.make_jaxpr(lambda *given: step(*given))(keys[0], task.data)  # a new function is traced anew
     constants = zip(_constants(traced), _constants(again), strict=False)
-    same = str(traced) == str(again) and all(np.array_equal(a, b, equal_nan=True) for a, b in constants)
+    same = _text(traced) == _text(again) and all(np.array_equal(a, b, equal_nan=True) for a, b in constants)
     if not same:
         yield "the same key gives another result when traced again; valid: randomness from the key alone, no NumPy's"
     together = jax.jit(jax.vmap(step, in_axes=(0, None)))
-    params, loss, grad = jax.device_get(_guard("its step under vmap", together, keys, task.data))
+    first, second = (jax.device_get(_guard("its step under vmap", together, keys, task.data)) for _ in range(2))
+    close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True), first, second)
+    if not jax.tree.all(close):
+        yield "the same key gives another result when run again; valid: randomness from the key alone, no callback's"
+    params, loss, grad = first
     for name, tree in (("params", params), ("loss", loss), ("the gradient", grad)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             if not np.isfinite(leaf).all():
                 yield f"{name}{jax.tree_util.keystr(path)} is not finite at init; valid: finite numbers"
     if all(not np.any(leaf) for leaf in jax.tree.leaves(grad)):
         yield "the gradient at init is zero everywhere; valid: a loss that depends on params"
+
+
+def _text(traced: Any) -> str:
+    """A trace in words, without the addresses of functions."""
+    return re.sub(r"0x[0-9a-f]+", "", str(traced))
 
 
 def _constants(traced: Any) -> Iterator[Any]:

@@ -52,6 +52,22 @@ def impure(key, phi):
     return {"w": jnp.asarray(np.random.random(4), jnp.float32)}
 
 
+CALLS = []
+
+
+def counted(key):
+    """Impure by a counter, on which nothing random depends."""
+    CALLS.append(1)
+    return {"w": len(CALLS) + jax.random.normal(key, (4,))}
+
+
+def called_back(params, key, phi, batch):
+    """Impure when it runs: the trace is the same each time."""
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    drawn = jax.pure_callback(lambda _: np.float32(np.random.random()), shape, phi, vmap_method="sequential")
+    return drawn * jnp.mean((batch @ params["w"] - phi) ** 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(REGISTRY))
 def test_our_own_families_pass(family):
@@ -98,6 +114,9 @@ def test_a_reduced_batch_passes():
             "params hold batch_stats, which a model changes by itself; valid: GroupNorm or LayerNorm, no BatchNorm",
         ),
         ({"init": impure}, "the same key gives another result when traced again"),
+        ({"init": jax.jit(impure)}, "the same key gives another result when traced again"),
+        ({"init": lambda key, phi: jax.jit(counted)(key)}, "the same key gives another result when traced again"),
+        ({"loss": called_back}, "the same key gives another result when run again"),
         ({"data": [1.0, 2.0]}, r"data\[0\] is a float; valid: an array"),
         (
             {"batch": lambda key, phi, data, split: jnp.asarray(np.tile(ROWS, (1000, 1)))[:8]},
