@@ -125,7 +125,11 @@ def test_content_that_is_held_out_is_recognised_under_another_name():
     assert not held_out.touched(tasks.make("image_mlp", data="noise", source="tfds"))
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn_cropped", "imagenet_resized/8x8", "lm1b"])
+GREY = ("mnist", "fashion_mnist", "kmnist", "emnist", "emnist/letters")
+COLOUR = ("cifar10", "cifar100", "svhn_cropped", "imagenet_resized/8x8")
+
+
+@pytest.mark.parametrize("name", [*GREY, *COLOUR, "lm1b"])
 def test_its_own_sets_are_read_as_mock_data(name, monkeypatch):
     with tensorflow_datasets.testing.mock_data(num_examples=40):
         builder = tensorflow_datasets.builder(name)
@@ -140,10 +144,12 @@ def test_its_own_sets_are_read_as_mock_data(name, monkeypatch):
             assert held.tokens.max() < len(held.vocabulary)
             return
         held = tfds.images(name, 8)
-        colour = (3,) if name not in ("mnist", "fashion_mnist") else ()
+        colour = () if name in GREY else (3,)
         assert held.x.shape == (80, 8, 8, *colour)
         assert held.splits["test"] == (40, 80)
         assert held.y.max() < held.classes
+        classes = {"cifar100": 100, "emnist": 62, "emnist/letters": 37, "imagenet_resized/8x8": 1000}
+        assert held.classes == classes.get(name, 10)
         assert bool(held_out.aliases(held.source)) == (name in ("mnist", "fashion_mnist"))
 
 
