@@ -159,15 +159,16 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
     Which ones, and what they have, follows from what phi drew and from the example itself. The training loss of an
     evaluation is that on these labels too; validation and test are left alone.
 
-    Raises ValueError where data and batches have no integer field `y`, or where the loss does not look at it.
+    Labels are the field or the entry `y` of data and batches, or of pairs (x, y), as adapters make them, the second.
+
+    Raises ValueError where there are none that are integers, or where the loss does not look at them.
     """
     _between("noise_labels", "share", share, 0.0, 1.0)
     phi, params, whole = _shapes(task)
-    labels = getattr(whole, "y", None)
-    integers = labels is not None and jnp.issubdtype(labels.dtype, jnp.integer) and hasattr(task.data, "y")
-    if not integers or not _uses_labels(task, params, phi, whole):
+    held = _labels(task.data)
+    if held is None or not _is_integer(_labels(whole)) or not _uses_labels(task, params, phi, whole):
         raise ValueError(f"tasks.augment.noise_labels: task, got {task.name}; valid: tasks with classes y.")
-    classes = int(jnp.max(task.data.y)) + 1
+    classes = int(jnp.max(held)) + 1
 
     def relabel(phi: Any, batch: Any) -> Any:
         def one(mark: Int[Array, ""], y: Array) -> Array:
@@ -175,7 +176,7 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
             drawn = jax.random.randint(label_key, y.shape, 0, classes, y.dtype)
             return jnp.where(jax.random.bernoulli(which_key, share, y.shape), drawn, y)
 
-        return batch._replace(y=jax.vmap(one)(_marks(batch._replace(y=())), batch.y))
+        return _with_labels(batch, jax.vmap(one)(_marks(_with_labels(batch, ())), _labels(batch)))
 
     drawing = _drawing(task, lambda key, phi: jax.random.bits(key, (), jnp.uint32))
     evaluated: Any = drawing.eval_batches
@@ -190,6 +191,27 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
 
     name = f"{task.name} | label noise {share:g}"
     return drawing._replace(batch=batch, eval_batches=evaluated and eval_batches, name=name)
+
+
+def _is_pair(rows: Any) -> bool:
+    return isinstance(rows, tuple | list) and len(rows) == 2 and not hasattr(rows, "_fields")
+
+
+def _labels(rows: Any) -> Any:
+    """`y` of rows, None if there is none."""
+    found = rows.get("y") if isinstance(rows, Mapping) else rows[1] if _is_pair(rows) else getattr(rows, "y", None)
+    return found if hasattr(found, "dtype") else None
+
+
+def _with_labels(rows: Any, y: Any) -> Any:
+    """The rows with another `y`."""
+    if isinstance(rows, Mapping):
+        return {**rows, "y": y}
+    return type(rows)([rows[0], y]) if _is_pair(rows) else rows._replace(y=y)
+
+
+def _is_integer(labels: Any) -> bool:
+    return labels is not None and jnp.issubdtype(labels.dtype, jnp.integer)
 
 
 def _marks(rows: Any) -> Int[Array, " B"]:
@@ -362,9 +384,9 @@ def _uses_labels(task: Task, params: Any, phi: Any, batch: Any) -> bool:
     """Whether an operation of the loss has `y` as its operand."""
 
     def loss(y: Any, params: Any, phi: Any, batch: Any) -> Any:
-        return task.loss(params, jax.random.key(0), phi, batch._replace(y=y))
+        return task.loss(params, jax.random.key(0), phi, _with_labels(batch, y))
 
-    traced = jax.make_jaxpr(loss)(batch.y, params, phi, batch).jaxpr
+    traced = jax.make_jaxpr(loss)(_labels(batch), params, phi, batch).jaxpr
     return any(operand is traced.invars[0] for equation in traced.eqns for operand in equation.invars)
 
 

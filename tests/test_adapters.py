@@ -16,6 +16,7 @@ from meta_train import groups, loop
 from meta_train.estimators.truncated_es import truncated_es
 from meta_train.inner import Horizon, make_inner
 from tasks import SPLITS, data, held_out
+from tasks.augment import wrap
 
 nn = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
@@ -272,3 +273,38 @@ def test_what_is_held_out_is_recognised_behind_an_adapter():
     with pytest.raises(ValueError, match="mine touches what is held out"):
         held_out.refuse("lopt-train", [task])
     assert groups.make_tasks(cfg.Run("x", (cfg.Group("cnn"),)), (cfg.Group("cnn"),))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "haiku", "functions"])
+def test_labels_of_pairs_can_be_noisy(kind):
+    plain = build(kind)
+    noisy = wrap(plain, [("noise_labels", {"share": 0.6})])
+    phi = noisy.sample(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 20)
+    for split in SPLITS:
+        batches = [[task.batch(key, of, task.data, split) for key in keys] for task, of in ((noisy, phi), (plain, ()))]
+        (x, y), (held, true) = (jax.tree.map(lambda *parts: jnp.concatenate(parts), *several) for several in batches)
+        assert jnp.array_equal(x, held)
+        assert y.dtype == true.dtype
+        assert set(y.tolist()) == {0, 1, 2}
+        changed = jnp.mean(y != true)
+        assert changed == pytest.approx(0.6 * 2 / 3, abs=0.15) if split == "train" else changed == 0
+    rows, clean = noisy.eval_batches(phi, noisy.data, "train"), plain.eval_batches((), plain.data, "train")
+    assert isinstance(rows, tuple)
+    assert jnp.array_equal(rows[0], clean[0])
+    assert 0.2 < jnp.mean(rows[1] != clean[1]) < 0.6
+    if kind == "functions":  # rows by name
+        init, _, _ = own()
+        parts = {split: {"x": WINE.x[slice(*at)], "y": WINE.y[slice(*at)]} for split, at in WINE.splits.items()}
+        loss = lambda params, key, batch: cross_entropy(batch["x"] @ params["hidden"] @ params["out"], batch["y"])  # noqa: E731
+        named = wrap(tasks.from_functions(init, loss, parts, batch_size=16), [("noise_labels", {"share": 0.6})])
+        assert jnp.array_equal(named.eval_batches(phi, named.data, "train")["y"], rows[1])
+
+
+def test_numbers_of_pairs_are_no_labels():
+    rows = {split: (WINE.x[:40], WINE.x[:40, 0]) for split in SPLITS}
+    error = lambda out, y: jnp.mean((out[:, 0] - y) ** 2)  # noqa: E731
+    blind = lambda out, y: jnp.mean(out**2)  # noqa: E731
+    for task in (tasks.from_linen(Linen(), error, rows), tasks.from_linen(Linen(), blind, WINE)):
+        with pytest.raises(ValueError, match="noise_labels: task, got Linen; valid: tasks with classes y"):
+            wrap(task, [("noise_labels", {})])
