@@ -63,7 +63,7 @@ def reparametrise(task: Task, *, level: str = "tensor", decades: float = 1.0) ->
     def true(params: Any, phi: Phi) -> Any:
         return jax.tree.map(jnp.multiply, phi.drawn, params)
 
-    inner, gradient, metrics = _drawing(task, draw), _gradient(task), task.metrics
+    inner, gradient, metrics = drawing(task, draw), _gradient(task), task.metrics
 
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Phi, batch: Any) -> tuple[Array, Any]:
         value, grads = gradient(true(params, phi), key, phi.task, batch)
@@ -81,7 +81,7 @@ def reparametrise(task: Task, *, level: str = "tensor", decades: float = 1.0) ->
 def scale_loss(task: Task, *, decades: float = 1.0) -> Task:
     """Loss and gradient times a number that phi draws log-uniformly in 10^±decades."""
     _between("scale_loss", "decades", decades, 0.0, 10.0)
-    inner, gradient = _drawing(task, lambda key, phi: _log_uniform(key, (), decades)), _gradient(task)
+    inner, gradient = drawing(task, lambda key, phi: _log_uniform(key, (), decades)), _gradient(task)
 
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Phi, batch: Any) -> tuple[Array, Any]:
         return jax.tree.map(lambda x: phi.drawn * x, gradient(params, key, phi.task, batch))
@@ -178,11 +178,11 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
 
         return _with_labels(batch, jax.vmap(one)(_marks(_with_labels(batch, ())), _labels(batch)))
 
-    drawing = _drawing(task, lambda key, phi: jax.random.bits(key, (), jnp.uint32))
-    evaluated: Any = drawing.eval_batches
+    inner = drawing(task, lambda key, phi: jax.random.bits(key, (), jnp.uint32))
+    evaluated: Any = inner.eval_batches
 
     def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Any:
-        clean = drawing.batch(key, phi, data, split)
+        clean = inner.batch(key, phi, data, split)
         return relabel(phi, clean) if split == "train" else clean
 
     def eval_batches(phi: Any, data: Any, split: Split) -> Any:
@@ -190,7 +190,7 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
         return jax.vmap(lambda batch: relabel(phi, batch))(clean) if split == "train" else clean
 
     name = f"{task.name} | label noise {share:g}"
-    return drawing._replace(batch=batch, eval_batches=evaluated and eval_batches, name=name)
+    return inner._replace(batch=batch, eval_batches=evaluated and eval_batches, name=name)
 
 
 def _is_pair(rows: Any) -> bool:
@@ -331,7 +331,7 @@ def wrap(task: Task, wrappers: Sequence[tuple[str, Mapping[str, Any]]]) -> Task:
     return task
 
 
-def _drawing(task: Task, draw: Callable[[PRNGKeyArray, Any], Any]) -> Task:
+def drawing(task: Task, draw: Callable[[PRNGKeyArray, Any], Any]) -> Task:
     """The task with a `Phi` that holds what `(key, phi) -> drawn` gave besides its own."""
     metrics, eval_batches, value_and_grad = task.metrics, task.eval_batches, task.value_and_grad
 

@@ -6,7 +6,7 @@ arXiv:1703.03864.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import tasks
+from tasks.augment import Phi, drawing
 from tasks.base import Task
 from tasks.space import Choice, LogFloat, LogInt
-from tasks.supervised import require_positive
+from tasks.supervised import is_range, log_uniform, require_positive, require_range, spoken
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -41,7 +42,7 @@ def es(
     task: str = "image_mlp",
     settings: Mapping[str, Any] | None = None,
     pairs: int = 32,
-    std: float = 0.02,
+    std: float | Sequence[float] = 0.02,
 ) -> Task:
     """A task of another family by the gradient of its Gaussian smoothing, in float32 whatever the params' type.
 
@@ -49,32 +50,40 @@ def es(
       task: the other family.
       settings: of the other family; None: those of a small MLP on 8×8 digits, or none for another family.
       pairs: antithetic perturbations of the params a gradient takes.
-      std: of the perturbations, > 0.
+      std: of the perturbations, 1e-6 to 1e6. Of a range (low, high) phi draws log-uniformly.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
     require_positive("es", "pairs", [pairs])
-    if not 0.0 < std <= 1e6:
-        raise ValueError(f"es: std, got {std}; valid: above 0, to 1e6.")
+    require_range("es", "std", std, 1e-6, 1e6)
     if settings is None:
         settings = {"data": "digits", "hidden": (8,)} if task == "image_mlp" else {}
     inner = tasks.make(task, **settings)
+
+    task_of = (lambda phi: phi.task) if is_range(std) else lambda phi: phi
+    std_of = (lambda phi: phi.drawn) if is_range(std) else lambda phi: std
 
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Any, batch: Any) -> tuple[Float[Array, ""], Any]:
         noise_key, loss_key = jax.random.split(key)
         # Of 8 bits (bfloat16) neither params nor losses change by a small perturbation: all of this is in 32.
         full, phi, batch = (jax.tree.map(_float32, tree) for tree in (params, phi, batch))
         flat, unravel = ravel_pytree(full)
-        noise = std * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
+        spread = std_of(phi)
+        noise = spread * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
 
         def loss(perturbation: Array) -> Array:
-            return inner.loss(unravel(flat + perturbation), loss_key, phi, batch)
+            return inner.loss(unravel(flat + perturbation), loss_key, task_of(phi), batch)
 
         plus, minus = jax.vmap(loss)(noise), jax.vmap(loss)(-noise)
-        grads = unravel((plus - minus) @ noise / (2 * pairs * std**2))
+        grads = unravel((plus - minus) @ noise / (2 * pairs * spread**2))
         return jnp.mean(0.5 * (plus + minus)), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-    return inner._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {std:g})")
+    whole = inner
+    if is_range(std):
+        whole = drawing(inner, lambda key, phi: ())._replace(
+            sample=lambda key: Phi(inner.sample(key), log_uniform(key, std))
+        )
+    return whole._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {spoken(std)})")
 
 
 def _float32(leaf: Array) -> Array:

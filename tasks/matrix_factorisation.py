@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from tasks.base import Split, Task
 from tasks.space import BATCH, Choice, LogFloat, LogInt
-from tasks.supervised import ERRORS, require_positive, split_index
+from tasks.supervised import ERRORS, is_range, log_uniform, require_positive, require_range, split_index, spoken
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -36,6 +37,7 @@ class Phi(NamedTuple):
     left: Float[Array, "N r"]
     right: Float[Array, "M r"]
     noise: Float[Array, "N M"]
+    init_scale: Any = ()  # of the product's entries at init, where it is drawn
 
 
 class Entries(NamedTuple):
@@ -52,8 +54,8 @@ def matrix_factorisation(
     columns: int = 32,
     true_rank: int = 4,
     rank: int = 8,
-    noise: float = 0.1,
-    init_scale: float = 0.3,
+    noise: float | Sequence[float] = 0.1,
+    init_scale: float | Sequence[float] = 0.3,
     batch_size: int = 64,
     loss: str = "squared",
 ) -> Task:
@@ -65,7 +67,8 @@ def matrix_factorisation(
       true_rank: of the matrix, whose entries have variance 1 before the noise.
       rank: of params, U [N, rank] and V [M, rank].
       noise: standard deviation of the observations' noise.
-      init_scale: standard deviation at init of an entry of U·Vᵀ.
+      init_scale: standard deviation at init of an entry of U·Vᵀ. Of this and of noise phi draws log-uniformly where
+        they are ranges (low, high).
       batch_size: B, drawn from the split with replacement.
       loss: squared (halved), absolute or huber.
 
@@ -77,12 +80,11 @@ def matrix_factorisation(
         require_positive(name, argument, [value])
     if not 10 <= rows * columns <= MOST:
         raise ValueError(f"{name}: rows, got {rows} with columns={columns}; valid: 10 to {MOST} entries.")
-    if not 0.0 <= noise < math.inf:
-        raise ValueError(f"{name}: noise, got {noise}; valid: a finite number ≥ 0.")
-    if not 0.0 < init_scale < math.inf:
-        raise ValueError(f"{name}: init_scale, got {init_scale}; valid: a finite number > 0.")
+    require_range(name, "noise", noise, 1e-9, 1e9, zero=True)
+    require_range(name, "init_scale", init_scale, 1e-9, 1e9)
     if loss not in ERRORS:
         raise ValueError(f"{name}: loss, got {loss!r}; valid: {', '.join(ERRORS)}.")
+    ranges = is_range(noise) or is_range(init_scale)
     total = rows * columns
     # Number k of the order is entry k * stride: a bijection, as they have no common factor.
     stride = next(s for s in range(round(0.618 * total), total) if math.gcd(s, total) == 1)
@@ -92,10 +94,12 @@ def matrix_factorisation(
         left_key, right_key, noise_key = jax.random.split(key, 3)
         left = jax.random.normal(left_key, (rows, true_rank)) / math.sqrt(true_rank)
         right = jax.random.normal(right_key, (columns, true_rank))
-        return Phi(left, right, noise * jax.random.normal(noise_key, (rows, columns)))
+        observed = log_uniform(noise_key, noise) * jax.random.normal(noise_key, (rows, columns))
+        return Phi(left, right, observed, log_uniform(key, init_scale) if is_range(init_scale) else ())
 
     def init(key: PRNGKeyArray, phi: Phi) -> Params:
-        draw = math.sqrt(init_scale) * rank**-0.25 * jax.random.normal(key, (rows + columns, rank))
+        root = jnp.sqrt(phi.init_scale) if is_range(init_scale) else math.sqrt(init_scale)
+        draw = root * rank**-0.25 * jax.random.normal(key, (rows + columns, rank))
         return {"u": draw[:rows], "v": draw[rows:]}
 
     def entries(phi: Phi, number: Int[Array, " B"]) -> Entries:
@@ -124,7 +128,8 @@ def matrix_factorisation(
         batch=batch,
         loss=objective,
         eval_batches=eval_batches,
-        name=f"{name}({rows}x{columns}, rank {true_rank} by {rank}, noise {noise:g}, {loss} loss, batch {batch_size})",
+        name=f"{name}({rows}x{columns}, rank {true_rank} by {rank}, noise {spoken(noise)}, {loss} loss, "
+        f"batch {batch_size})",
         # Entries are uncorrelated sums of products.
-        init_loss=0.5 * (1 + noise**2 + init_scale**2) if loss == "squared" else None,
+        init_loss=None if loss != "squared" or ranges else 0.5 * (1 + noise**2 + init_scale**2),
     )

@@ -18,10 +18,14 @@ from tasks.supervised import (
     activation_named,
     init_layers,
     init_scales,
+    is_range,
+    log_uniform,
     mlp,
     require_init_scale,
     require_positive,
+    require_range,
     split_key,
+    spoken,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ class Heat(NamedTuple):
     viscosity: Float[Array, ""]  # ν
     amplitude: Float[Array, " 3"]  # a_k
     scale: Any = ()  # [L] multiplies weight matrix l at init
+    weight: Any = ()  # of the error at the edges, where it is drawn
 
     @classmethod
     def sample(cls, key: PRNGKeyArray) -> Heat:
@@ -72,6 +77,7 @@ class Burgers(NamedTuple):
     height: Float[Array, ""]  # a, half the front's
     place: Float[Array, ""]  # x₀
     scale: Any = ()  # [L] multiplies weight matrix l at init
+    weight: Any = ()  # of the error at the edges, where it is drawn
 
     @classmethod
     def sample(cls, key: PRNGKeyArray) -> Burgers:
@@ -113,7 +119,7 @@ def pinn(
     equation: str = "heat",
     hidden: Sequence[int] = (32, 32),
     activation: str = "tanh",
-    boundary_weight: float = 10.0,
+    boundary_weight: float | Sequence[float] = 10.0,
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
 ) -> Task:
@@ -123,7 +129,7 @@ def pinn(
       equation: heat or burgers; phi draws the viscosity and which solution.
       hidden: widths of the network from (x, t) to u.
       activation: tanh, gelu or silu (relu has no second derivative).
-      boundary_weight: of the error at t = 0, x = 0 and x = 1.
+      boundary_weight: of the error at t = 0, x = 0 and x = 1. Of a range (low, high) phi draws log-uniformly.
       batch_size: B points inside and B at the edges, fresh each batch.
       log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
 
@@ -135,8 +141,7 @@ def pinn(
     require_positive("pinn", "batch_size", [batch_size])
     if activation == "relu":
         raise ValueError("pinn: activation, got 'relu'; valid: tanh, gelu, silu.")
-    if not 0.0 <= boundary_weight <= 1e6:
-        raise ValueError(f"pinn: boundary_weight, got {boundary_weight}; valid: 0 to 1e6.")
+    require_range("pinn", "boundary_weight", boundary_weight, 1e-6, 1e6, zero=True)
     require_init_scale("pinn", log10_init_scale)
     activate, gain = activation_named("pinn", activation)
     shapes = list(itertools.pairwise((2, *hidden, 1)))
@@ -145,7 +150,8 @@ def pinn(
         return lambda x, t: mlp(params, 2 * jnp.stack([x, t], axis=-1) - 1, activate)[:, 0]
 
     def sample(key: PRNGKeyArray) -> Any:
-        return EQUATIONS[equation].sample(key)._replace(scale=init_scales(key, len(shapes), log10_init_scale))
+        phi = EQUATIONS[equation].sample(key)._replace(scale=init_scales(key, len(shapes), log10_init_scale))
+        return phi._replace(weight=log_uniform(key, boundary_weight)) if is_range(boundary_weight) else phi
 
     def batch(key: PRNGKeyArray, phi: Any, data: Any, split: Split) -> Points:
         inside_key, along_key, side_key = jax.random.split(split_key(key, split), 3)
@@ -158,7 +164,8 @@ def pinn(
     def loss(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> Float[Array, ""]:
         u, edge = field(params), (batch.edge[:, 0], batch.edge[:, 1])
         residual = phi.residual(u, batch.inside[:, 0], batch.inside[:, 1])
-        return jnp.mean(residual**2) + boundary_weight * jnp.mean((u(*edge) - phi.exact(*edge)) ** 2)
+        weight = phi.weight if is_range(boundary_weight) else boundary_weight
+        return jnp.mean(residual**2) + weight * jnp.mean((u(*edge) - phi.exact(*edge)) ** 2)
 
     def metrics(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> dict[str, Array]:
         inside = batch.inside[:, 0], batch.inside[:, 1]
@@ -173,7 +180,7 @@ def pinn(
         batch=batch,
         loss=loss,
         metrics=metrics,
-        name=f"pinn({equation}, {'-'.join(map(str, hidden))}, {activation}, boundary {boundary_weight:g}, "
+        name=f"pinn({equation}, {'-'.join(map(str, hidden))}, {activation}, boundary {spoken(boundary_weight)}, "
         f"batch {batch_size}{spread})",
         version=2,  # validation and test have batches of their own
     )

@@ -39,7 +39,7 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
 # The logits' variance at init is at most about OUTPUT_GAIN, which adds under 10 % to a loss of log(classes).
 OUTPUT_GAIN = 0.25
 MAX_EVAL_ROWS, MAX_EVAL_BATCH = 750, 250
-SCALES, STREAMS = 0x5CA1E, 0x57EA0  # folded into keys that are split too, into fewer parts than these
+SCALES, STREAMS, NUMBERS = 0x5CA1E, 0x57EA0, 0x0B0E5  # folded into keys that are split too, into fewer parts than these
 
 
 class Examples(NamedTuple):
@@ -55,6 +55,7 @@ class Phi(NamedTuple):
     start: Int[Array, " 3"]
     size: Int[Array, " 3"]
     scale: Float[Array, " L"]  # multiplies weight matrix l at init
+    drawn: Any = ()  # what else a family draws
 
 
 def sources(family: str, names: Sequence[str] | str, load: Callable[[str], Dataset]) -> list[Dataset]:
@@ -332,6 +333,35 @@ def init_scales(key: PRNGKeyArray, count: int, log10_init_scale: float) -> Float
         jax.random.fold_in(key, SCALES), (count,), minval=-log10_init_scale, maxval=log10_init_scale
     )
     return 10.0**exponent
+
+
+def require_range(family: str, argument: str, value: Any, low: float, high: float, *, zero: bool = False) -> None:
+    """Raise ValueError unless `value` is a number from low to high, or 0 where allowed, or a pair of such in order."""
+    ends = [value] if isinstance(value, int | float) else list(value)
+    number = lambda x: isinstance(x, int | float) and low <= x <= high  # noqa: E731
+    if not (zero and value == 0) and (not 1 <= len(ends) <= 2 or not all(map(number, ends)) or ends != sorted(ends)):
+        also = "0, or " if zero else ""
+        raise ValueError(
+            f"{family}: {argument}, got {value}; valid: {also}{low:g} to {high:g}, or a range (low, high) within that."
+        )
+
+
+def is_range(value: Any) -> bool:
+    """Whether a setting is a range (low, high), from which phi draws."""
+    return not isinstance(value, int | float)
+
+
+def log_uniform(key: PRNGKeyArray, value: Any) -> Any:
+    """Of a range a number drawn by a part of the key, which others may use as well; a number as it is."""
+    if not is_range(value):
+        return value
+    low, high = (math.log(end) for end in (value[0], value[-1]))
+    return jnp.exp(jax.random.uniform(jax.random.fold_in(key, NUMBERS), minval=low, maxval=high))
+
+
+def spoken(value: Any) -> str:
+    """A number or a range, for the task's name."""
+    return f"{value[0]:g} to {value[-1]:g}" if is_range(value) else f"{value:g}"
 
 
 def require_init_scale(family: str, log10_init_scale: float) -> None:

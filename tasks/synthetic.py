@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from tasks.base import Split, Task
 from tasks.space import Choice, LogInt
-from tasks.supervised import require_positive, split_index
+from tasks.supervised import is_range, log_uniform, require_positive, require_range, split_index, spoken
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -59,9 +60,12 @@ class Phi(NamedTuple):
 
     rotation: Float[Array, "D D"]
     shift: Float[Array, " D"]
+    noise: Any = ()  # standard deviation of the gradient's, where it is drawn
 
 
-def synthetic(*, function: str = "rosenbrock", dim: int = 8, rotate: bool = False, noise: float = 0.0) -> Task:
+def synthetic(
+    *, function: str = "rosenbrock", dim: int = 8, rotate: bool = False, noise: float | Sequence[float] = 0.0
+) -> Task:
     """A test function over its number of coordinates, in units that make typical values about 1.
 
     Inits are uniform in the middle half of the usual domain. The minimum is 0 at the task's `optimum`.
@@ -70,7 +74,8 @@ def synthetic(*, function: str = "rosenbrock", dim: int = 8, rotate: bool = Fals
       function: rosenbrock, rastrigin, styblinski_tang or ackley.
       dim: D ≥ 2.
       rotate: phi draws a random rotation, which couples the coordinates.
-      noise: standard deviation of the gradient's noise along each axis; validation and test have none.
+      noise: standard deviation of the gradient's noise along each axis; validation and test have none. Of a range (low,
+        high) phi draws log-uniformly.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -79,8 +84,7 @@ def synthetic(*, function: str = "rosenbrock", dim: int = 8, rotate: bool = Fals
     require_positive("synthetic", "dim", [dim])
     if dim < 2:
         raise ValueError(f"synthetic: dim, got {dim}; valid: 2 or more.")
-    if not 0.0 <= noise <= 1e6:
-        raise ValueError(f"synthetic: noise, got {noise}; valid: 0 to 1e6.")
+    require_range("synthetic", "noise", noise, 1e-9, 1e6, zero=True)
     evaluate, _, radius, unit = FUNCTIONS[function]
     # Ackley's is a mean already; the others are sums.
     divisor = unit if function == "ackley" else unit * dim
@@ -88,13 +92,15 @@ def synthetic(*, function: str = "rosenbrock", dim: int = 8, rotate: bool = Fals
     def sample(key: PRNGKeyArray) -> Phi:
         rotation_key, shift_key = jax.random.split(key)
         shift = 0.1 * radius * jax.random.uniform(shift_key, (dim,), minval=-1.0, maxval=1.0)
+        std = log_uniform(key, noise) if is_range(noise) else ()
         if not rotate:
-            return Phi(jnp.eye(dim), shift)
-        return Phi(jnp.linalg.qr(jax.random.normal(rotation_key, (dim, dim)))[0], shift)
+            return Phi(jnp.eye(dim), shift, std)
+        return Phi(jnp.linalg.qr(jax.random.normal(rotation_key, (dim, dim)))[0], shift, std)
 
     def batch(key: PRNGKeyArray, phi: Phi, data: Any, split: Split) -> Float[Array, " D"]:
         z = jax.random.normal(key, (dim,))
-        return noise * z if split_index(split) == 0 else jnp.zeros_like(z)
+        std = phi.noise if is_range(noise) else noise
+        return std * z if split_index(split) == 0 else jnp.zeros_like(z)
 
     def loss(params: Float[Array, " D"], key: PRNGKeyArray, phi: Phi, batch: Float[Array, " D"]) -> Float[Array, ""]:
         return evaluate(phi.rotation @ params + phi.shift) / divisor + batch @ params
@@ -105,7 +111,7 @@ def synthetic(*, function: str = "rosenbrock", dim: int = 8, rotate: bool = Fals
         init=lambda key, phi: 0.5 * radius * jax.random.uniform(key, (dim,), minval=-1.0, maxval=1.0),
         batch=batch,
         loss=loss,
-        name=f"synthetic({function}, {dim}{', rotated' if rotate else ''}, noise {noise:g})",
+        name=f"synthetic({function}, {dim}{', rotated' if rotate else ''}, noise {spoken(noise)})",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,19 @@ from tasks.base import Task
 from tasks.data import images
 from tasks.layers import initialise
 from tasks.space import ACTIVATION, BATCH, INIT, SMALL_IMAGES, LogFloat, LogInt, Widths
-from tasks.supervised import Examples, activation_named, flattened, library, minibatched, require_positive, sources
+from tasks.supervised import (
+    Examples,
+    activation_named,
+    flattened,
+    is_range,
+    library,
+    log_uniform,
+    minibatched,
+    require_positive,
+    require_range,
+    sources,
+    spoken,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -40,7 +51,7 @@ def vae(
     size: int = 8,
     hidden: Sequence[int] = (32,),
     latents: int = 8,
-    beta: float = 1.0,
+    beta: float | Sequence[float] = 1.0,
     activation: str = "relu",
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
@@ -52,7 +63,8 @@ def vae(
       size: images are size × size.
       hidden: widths of the encoder, and backwards of the decoder.
       latents: Z.
-      beta: weight of the KL divergence, > 0; 1 is the bound itself, see Higgins et al. (2017).
+      beta: weight of the KL divergence, 1e-6 to 1e6; 1 is the bound itself, see Higgins et al. (2017). Of a range (low,
+        high) phi draws log-uniformly.
       activation: relu (He init), gelu, silu or tanh (LeCun init); outputs have half LeCun's standard deviation.
       batch_size: B; batches are x [B, pixels] in [0, 1], taken as probabilities.
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
@@ -62,8 +74,7 @@ def vae(
     hk = library("vae", "haiku")
     require_positive("vae", "hidden", hidden)
     require_positive("vae", "latents", [latents])
-    if not 0 < beta < math.inf:
-        raise ValueError(f"vae: beta, got {beta}; valid: a finite number > 0.")
+    require_range("vae", "beta", beta, 1e-6, 1e6)
     datasets = [flattened(one) for one in sources("vae", data, lambda name: images(name, size))]
     activate, gain = activation_named("vae", activation)
     pixels = datasets[0].x.shape[1]
@@ -83,21 +94,27 @@ def vae(
     model = hk.transform(bound)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, pixels), jnp.float32))
 
-    def loss(params: Any, key: Array, batch: Examples) -> Float[Array, ""]:
+    def loss(params: Any, key: Array, batch: Examples, weight: Any = beta) -> Float[Array, ""]:
         reconstruction, divergence = model.apply(params, key, batch.x)
-        return jnp.mean(reconstruction + beta * divergence)
+        return jnp.mean(reconstruction + weight * divergence)
 
     def metrics(params: Any, key: Array, batch: Examples) -> dict[str, Array]:
         reconstruction, divergence = model.apply(params, key, batch.x)
         return {"reconstruction": jnp.mean(reconstruction), "kl": jnp.mean(divergence)}
 
-    return minibatched(
+    task = minibatched(
         "vae",
         datasets,
-        label=f"{size}x{size}, {'-'.join(map(str, (*hidden, latents)))}, beta {beta:g}, {activation}",
+        label=f"{size}x{size}, {'-'.join(map(str, (*hidden, latents)))}, beta {spoken(beta)}, {activation}",
         init=lambda key, scale: initialise(key, shapes, scale=scale[0], gain=gain),
         loss=loss,
         metrics=metrics,
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,
+    )
+    if not is_range(beta):
+        return task
+    return task._replace(
+        sample=lambda key: task.sample(key)._replace(drawn=log_uniform(key, beta)),
+        loss=lambda params, key, phi, batch: loss(params, key, batch, phi.drawn),
     )

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import tasks
+from meta_test.cost import run_flops
 from tasks import SPLITS, checks, data
 from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
@@ -370,6 +371,55 @@ def test_init_scales_multiply_each_matrix_and_are_in_phi(family):
         tasks.make(family, log10_init_scale=-1.0)
 
 
+RANGES = {
+    ("es", "std"): (0.01, 0.1),
+    ("matrix_factorisation", "init_scale"): (0.1, 1.0),
+    ("matrix_factorisation", "noise"): (0.1, 1.0),
+    ("pinn", "boundary_weight"): (1.0, 100.0),
+    ("synthetic", "noise"): (0.01, 1.0),
+    ("vae", "beta"): [0.1, 2.0],
+}
+
+
+@pytest.mark.parametrize(("family", "setting"), RANGES)
+def test_numbers_that_change_no_shape_may_be_drawn(family, setting):
+    """By phi: a range that is one number does what the number does, and of another the draws fill it."""
+    low, high = RANGES[family, setting]
+    if family == "vae":
+        pytest.importorskip("haiku")
+    settings = {"task": "quadratic", "pairs": 2} if family == "es" else CASES[family].settings
+    built = lambda value: tasks.make(family, **{**settings, setting: value})  # noqa: E731
+    plain, single, ranged = built(high), built((high, high)), built((low, high))
+    assert f"{low:g} to {high:g}" in ranged.name or setting == "init_scale"
+    assert plain.init_loss == single.init_loss or family == "matrix_factorisation"  # whose closed form has the number
+
+    def first(task, key):
+        phi = task.sample(key)
+        params, batch = task.init(key, phi), task.batch(key, phi, plain.data, "train")
+        return params, batch, (task.value_and_grad or task.loss)(params, key, phi, batch)
+
+    def everything(key):
+        drawn = jax.vmap(ranged.sample)(jax.random.split(key, 100))
+        return first(plain, key), first(single, key), first(ranged, key), drawn, plain.sample(key)
+
+    fixed, same, other, phis, phi = jax.jit(everything, compiler_options=FAST)(KEYS[0])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), fixed, same)
+    assert not equal(fixed, other)
+    name = {"es": "drawn", "vae": "drawn", "pinn": "weight"}.get(family, setting)
+    drawn = getattr(phis, name)
+    if drawn.ndim > 1:  # not the number itself, but what it multiplies
+        drawn = jnp.std(drawn, axis=(1, 2)).clip(low, high)
+    else:
+        assert not jax.tree.leaves(getattr(phi, name, ()))
+    assert ((low <= drawn) & (drawn <= high * 1.0001)).all()
+    assert jnp.std(jnp.log(drawn)) == pytest.approx(np.log(high / low) / 12**0.5, rel=0.2)
+    for wrong in ((high, low), (low, high, high), (-1.0, high), "ab"):
+        with pytest.raises(
+            ValueError, match=rf"{family}: {setting}, got .*; valid: .* to .*, or a range \(low, high\)"
+        ):
+            built(wrong)
+
+
 def test_losses_of_noise_and_of_pixels():
     """At init diffusion guesses 0: the mean absolute normal number is sqrt(2/pi)."""
     found = {}
@@ -410,9 +460,81 @@ def test_draws_of_a_family_differ_and_are_valid(family):
         pytest.importorskip("haiku")
     made = [tasks.sample_family(family, seed) for seed in range(4)]
     assert len({task.name for task in made}) == 4
-    for task in made[:2]:
+    for task in made[:2] if family not in QUICK else ():
         shapes = jax.eval_shape(functools.partial(begin, task), KEYS[0], task.data)
         assert shapes[3].shape == ()
+
+
+QUICK = ("logistic_regression", "quadratic", "synthetic", "tabular_mlp")  # a second each to compile
+
+
+def run_a_draw(family, seed):
+    """One step of the task drawn by a seed, of two keys."""
+    if family in ("autoencoder", "vae"):
+        pytest.importorskip("haiku")
+    task = tasks.sample_family(family, seed)
+    mapped = jax.jit(jax.vmap(functools.partial(begin, task), (0, None)), compiler_options=FAST)
+    *_, loss, grads = mapped(KEYS[:2], task.data)
+    assert loss.shape == (2,)
+    assert jnp.isfinite(loss).all(), task.name
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        assert jnp.isfinite(leaf).all(), (task.name, path)
+        assert leaf.any(), (task.name, path)
+    return task
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_draws_of_a_family_that_compiles_quickly_run(family):
+    for seed in range(2):
+        run_a_draw(family, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_of_a_family_run(family):
+    for seed in range(20):
+        run_a_draw(family, seed)
+
+
+def test_a_draw_without_a_gradient_would_be_seen(monkeypatch):
+    made = tasks.sample_family
+    blind = lambda *given: made(*given)._replace(loss=lambda params, key, phi, batch: 1.0 + 0.0 * params[0])  # noqa: E731
+    monkeypatch.setattr(tasks, "sample_family", blind)
+    with pytest.raises(AssertionError):
+        run_a_draw("quadratic", 0)
+
+
+# What `make test` may take: five seconds a family, which no clock can demand of a busy machine. Measured on an idle
+# core: 0.4 GFLOP and 150 equations of a small program a second at the least.
+MOST_FLOPS, MOST_EQUATIONS = 4e9, 800
+
+
+def equations(jaxpr) -> int:
+    """Of a program and of those in it: compiling takes as long."""
+    total = len(jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for sub in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(sub, "jaxpr", sub)
+            total += equations(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def cost(task) -> tuple[int, int]:
+    """FLOPs of the training and of the mapped steps above, and the equations of one step."""
+    traced = jax.make_jaxpr(functools.partial(begin, task))(KEYS[0], task.data)
+    return (STEPS + SEEDS) * run_flops(task, 1), equations(traced.jaxpr)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_tests_are_cheap(family):
+    flops, number = cost(make(family))
+    assert flops <= MOST_FLOPS
+    assert number <= MOST_EQUATIONS
+
+
+def test_a_dear_family_would_be_seen():
+    assert cost(tasks.make("vit"))[0] > MOST_FLOPS  # at its defaults
+    assert cost(tasks.make("transformer_lm", depth=4))[1] > MOST_EQUATIONS
 
 
 def test_every_wrapper_is_tried():
