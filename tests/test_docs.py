@@ -217,6 +217,12 @@ def test_the_table_of_data_is_what_its_command_prints():
     assert table() in (ROOT / "docs/data.md").read_text()
 
 
+def test_the_table_of_draws_is_what_its_command_prints():
+    from tasks.__main__ import table
+
+    assert table() in (ROOT / "docs/tasks.md").read_text()
+
+
 def test_the_own_task_of_the_documentation_works(tmp_path, monkeypatch):
     import sys
 

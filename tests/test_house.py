@@ -23,7 +23,7 @@ REGISTRIES = {
     "meta_train/estimators": ("meta_train.estimators", {"base", "unroll"}),
     "tasks": (
         "tasks",
-        {"adapters", "augment", "base", "checks", "held_out", "language", "layers", "space", "supervised"},
+        {"__main__", "adapters", "augment", "base", "checks", "held_out", "language", "layers", "space", "supervised"},
     ),
 }
 
