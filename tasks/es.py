@@ -58,32 +58,27 @@ def es(
     require_range("es", "std", std, 1e-6, 1e6)
     if settings is None:
         settings = {"data": "digits", "hidden": (8,)} if task == "image_mlp" else {}
-    inner = tasks.make(task, **settings)
-
-    task_of = (lambda phi: phi.task) if is_range(std) else lambda phi: phi
-    std_of = (lambda phi: phi.drawn) if is_range(std) else lambda phi: std
+    plain = inner = tasks.make(task, **settings)
+    if is_range(std):
+        inner = drawing(plain, lambda key, phi: ())
+        inner = inner._replace(sample=lambda key: Phi(plain.sample(key), log_uniform(key, std)))
 
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Any, batch: Any) -> tuple[Float[Array, ""], Any]:
         noise_key, loss_key = jax.random.split(key)
         # Of 8 bits (bfloat16) neither params nor losses change by a small perturbation: all of this is in 32.
         full, phi, batch = (jax.tree.map(_float32, tree) for tree in (params, phi, batch))
         flat, unravel = ravel_pytree(full)
-        spread = std_of(phi)
+        spread = phi.drawn if is_range(std) else std
         noise = spread * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
 
         def loss(perturbation: Array) -> Array:
-            return inner.loss(unravel(flat + perturbation), loss_key, task_of(phi), batch)
+            return inner.loss(unravel(flat + perturbation), loss_key, phi, batch)
 
         plus, minus = jax.vmap(loss)(noise), jax.vmap(loss)(-noise)
         grads = unravel((plus - minus) @ noise / (2 * pairs * spread**2))
         return jnp.mean(0.5 * (plus + minus)), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-    whole = inner
-    if is_range(std):
-        whole = drawing(inner, lambda key, phi: ())._replace(
-            sample=lambda key: Phi(inner.sample(key), log_uniform(key, std))
-        )
-    return whole._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {spoken(std)})")
+    return inner._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {spoken(std)})")
 
 
 def _float32(leaf: Array) -> Array:

@@ -84,7 +84,9 @@ def matrix_factorisation(
     require_range(name, "init_scale", init_scale, 1e-9, 1e9)
     if loss not in ERRORS:
         raise ValueError(f"{name}: loss, got {loss!r}; valid: {', '.join(ERRORS)}.")
-    ranges = is_range(noise) or is_range(init_scale)
+    closed_form = None
+    if isinstance(noise, int | float) and isinstance(init_scale, int | float):
+        closed_form = 0.5 * (1 + noise**2 + init_scale**2)  # entries are uncorrelated sums of products
     total = rows * columns
     # Number k of the order is entry k * stride: a bijection, as they have no common factor.
     stride = next(s for s in range(round(0.618 * total), total) if math.gcd(s, total) == 1)
@@ -130,6 +132,5 @@ def matrix_factorisation(
         eval_batches=eval_batches,
         name=f"{name}({rows}x{columns}, rank {true_rank} by {rank}, noise {spoken(noise)}, {loss} loss, "
         f"batch {batch_size})",
-        # Entries are uncorrelated sums of products.
-        init_loss=None if loss != "squared" or ranges else 0.5 * (1 + noise**2 + init_scale**2),
+        init_loss=closed_form if loss == "squared" else None,
     )

@@ -164,7 +164,7 @@ def pinn(
     def loss(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> Float[Array, ""]:
         u, edge = field(params), (batch.edge[:, 0], batch.edge[:, 1])
         residual = phi.residual(u, batch.inside[:, 0], batch.inside[:, 1])
-        weight = phi.weight if is_range(boundary_weight) else boundary_weight
+        weight: Any = phi.weight if is_range(boundary_weight) else boundary_weight
         return jnp.mean(residual**2) + weight * jnp.mean((u(*edge) - phi.exact(*edge)) ** 2)
 
     def metrics(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> dict[str, Array]:

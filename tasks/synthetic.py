@@ -99,7 +99,7 @@ def synthetic(
 
     def batch(key: PRNGKeyArray, phi: Phi, data: Any, split: Split) -> Float[Array, " D"]:
         z = jax.random.normal(key, (dim,))
-        std = phi.noise if is_range(noise) else noise
+        std: Any = phi.noise if is_range(noise) else noise
         return std * z if split_index(split) == 0 else jnp.zeros_like(z)
 
     def loss(params: Float[Array, " D"], key: PRNGKeyArray, phi: Phi, batch: Float[Array, " D"]) -> Float[Array, ""]:

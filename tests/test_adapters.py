@@ -302,7 +302,7 @@ def test_labels_of_pairs_can_be_noisy(kind):
 
 
 def test_numbers_of_pairs_are_no_labels():
-    rows = {split: (WINE.x[:40], WINE.x[:40, 0]) for split in SPLITS}
+    rows = dict.fromkeys(SPLITS, (WINE.x[:40], WINE.x[:40, 0]))
     error = lambda out, y: jnp.mean((out[:, 0] - y) ** 2)  # noqa: E731
     blind = lambda out, y: jnp.mean(out**2)  # noqa: E731
     for task in (tasks.from_linen(Linen(), error, rows), tasks.from_linen(Linen(), blind, WINE)):

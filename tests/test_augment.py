@@ -188,8 +188,7 @@ def test_lower_precision_is_lower_but_near(task):
     assert "f32[32,8]" not in jaxpr.replace("bf16", "")  # the hidden layer is nowhere in full precision
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("dtype", "wrapped"), [("bfloat16", False), ("bfloat16", True), ("float16", True)])
 def test_evolution_strategies_see_small_perturbations_in_low_precision(dtype, wrapped):
     """At the smallest std of its SPACE, where a loss of 8 bits is the same for each perturbation."""
     task = tasks.make("es", task="tabular_mlp", settings={"hidden": (8,)}, pairs=64, std=tasks.es.SPACE["std"].low)
