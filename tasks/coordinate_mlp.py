@@ -14,7 +14,15 @@ import numpy as np
 from tasks.base import Split, Task
 from tasks.data import images
 from tasks.space import INIT, Choice, LogInt, Widths
-from tasks.supervised import channelled, dense, init_scales, require_init_scale, require_positive, split_index
+from tasks.supervised import (
+    channelled,
+    dense,
+    init_scales,
+    mlp_forward,
+    require_init_scale,
+    require_positive,
+    split_index,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -57,6 +65,7 @@ def coordinate_mlp(
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
     loss: str = "squared",
+    mup_base: Sequence[int] | None = None,
 ) -> Task:
     """Mean error of one image's pixels; validation and test are pixels that training never sees.
 
@@ -68,6 +77,7 @@ def coordinate_mlp(
       batch_size: B pixels, drawn with replacement.
       log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
       loss: squared or absolute error. The activation is the sine: with others it is no SIREN.
+      mup_base: widths of the base network of the maximal-update parametrisation; None: the standard one.
 
     Raises ValueError for an unknown data set or an invalid setting, naming the valid ones.
     """
@@ -79,10 +89,13 @@ def coordinate_mlp(
     if loss not in LOSSES:
         raise ValueError(f"coordinate_mlp: loss, got {loss!r}; valid: {', '.join(LOSSES)}.")
     measure = LOSSES[loss]
+    forward, output_fan_in = mlp_forward("coordinate_mlp", hidden, mup_base)
     dataset = channelled(images(data, size))
     first, last = dataset.splits["train"]
     channels = dataset.x.shape[-1]
     shapes = list(itertools.pairwise((2, *hidden, channels)))
+    # What does not shrink as a network grows: all biases, and the weights of the output.
+    base = (2, *(mup_base or hidden))
     stops = [round(share * size * size) for share in SHARES]
     # A fixed order that scatters each split over the image.
     stride = next(s for s in range(round(0.618 * size * size), size * size) if math.gcd(s, size * size) == 1)
@@ -98,9 +111,10 @@ def coordinate_mlp(
         draws = jnp.split(unit, np.cumsum([(i + 1) * o for i, o in shapes])[:-1])
         params = {}
         for index, ((i, o), draw) in enumerate(zip(shapes, draws, strict=True)):
-            bound = math.sqrt(6 / i) / phi.omega if index else 1 / i
+            fan_in = output_fan_in if output_fan_in and index == len(hidden) else i
+            bound = math.sqrt(6 / fan_in) / phi.omega if index else 1 / i
             w, b = draw[: i * o].reshape(i, o), draw[i * o :]
-            params[f"layer{index}"] = {"w": bound * phi.scale[index] * w, "b": b / math.sqrt(i)}
+            params[f"layer{index}"] = {"w": bound * phi.scale[index] * w, "b": b / math.sqrt(base[index])}
         return params
 
     def pixels(phi: Phi, held: Array, number: Int[Array, " B"]) -> Pixels:
@@ -123,7 +137,7 @@ def coordinate_mlp(
         x = batch.place
         for index in range(len(hidden)):
             x = jnp.sin(phi.omega * dense(params[f"layer{index}"], x))
-        return dense(params[f"layer{len(hidden)}"], x) - batch.colour
+        return dense(params[f"layer{len(hidden)}"], forward * x) - batch.colour
 
     def metrics(params: Params, key: PRNGKeyArray, phi: Phi, batch: Pixels) -> dict[str, Any]:
         """Peak signal-to-noise ratio in dB; the signal's range is 2."""

@@ -40,6 +40,7 @@ def mlp_mixer(
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
     loss: str = "cross_entropy",
+    mup_base: int | None = None,
 ) -> Task:
     """Softmax classification of patches by MLPs over patches and over channels in turn.
 
@@ -55,6 +56,8 @@ def mlp_mixer(
       batch_size: B; batches are x [B, size, size, channels] in [0, 1] and y [B].
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
       loss: cross_entropy, or squared: of logits from one-hot labels.
+      mup_base: width of the base network of the maximal-update parametrisation, whose channel_hidden is smaller in the
+        same proportion and whose token_hidden is this one; None: the standard one.
 
     Raises ValueError for an unknown data set or an invalid setting; ImportError without flax.
     """
@@ -64,8 +67,17 @@ def mlp_mixer(
         require_positive("mlp_mixer", name, [value])
     if size % patch:
         raise ValueError(f"mlp_mixer: patch, got {patch} with size={size}; valid: divisors of size.")
+    if mup_base is not None:
+        require_positive("mlp_mixer", "mup_base", [mup_base])
+        if channel_hidden * mup_base % width:
+            raise ValueError(
+                f"mlp_mixer: channel_hidden, got {channel_hidden} with width={width}, mup_base={mup_base}; valid: "
+                "multiples of width / mup_base, by which the base network's is smaller."
+            )
     datasets = [channelled(one) for one in sources("mlp_mixer", data, lambda name: images(name, size))]
     activate, _ = activation_named("mlp_mixer", activation)
+
+    forward = mup_base / width if mup_base else 1.0
 
     class Mixer(nn.Module):
         @nn.compact
@@ -75,7 +87,7 @@ def mlp_mixer(
                 y = nn.LayerNorm()(x).swapaxes(1, 2)
                 x = x + nn.Dense(x.shape[1])(activate(nn.Dense(token_hidden)(y))).swapaxes(1, 2)
                 x = x + nn.Dense(width)(activate(nn.Dense(channel_hidden)(nn.LayerNorm()(x))))
-            return nn.Dense(datasets[0].classes, name="output")(nn.LayerNorm()(x).mean(1))
+            return nn.Dense(datasets[0].classes, name="output")(forward * nn.LayerNorm()(x).mean(1))
 
     model = Mixer()
     example = jax.ShapeDtypeStruct(datasets[0].x[:1].shape, jnp.float32)
@@ -84,7 +96,7 @@ def mlp_mixer(
         "mlp_mixer",
         datasets,
         label=f"{size}x{size}/{patch}, {depth} x {width}, {token_hidden} {channel_hidden}, {activation}",
-        init=lambda key, scale: initialise(key, shapes, scale=scale[0]),
+        init=lambda key, scale: initialise(key, shapes, scale=scale[0], output_fan_in=mup_base),
         apply=lambda params, x: model.apply({"params": params}, patches(x, patch)),
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,
