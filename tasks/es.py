@@ -68,7 +68,7 @@ def es(
         # Of 8 bits (bfloat16) neither params nor losses change by a small perturbation: all of this is in 32.
         full, phi, batch = (jax.tree.map(_float32, tree) for tree in (params, phi, batch))
         flat, unravel = ravel_pytree(full)
-        spread = phi.drawn if is_range(std) else std
+        spread: Any = phi.drawn if is_range(std) else std
         noise = spread * jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
 
         def loss(perturbation: Array) -> Array:

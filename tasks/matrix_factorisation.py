@@ -100,7 +100,7 @@ def matrix_factorisation(
         return Phi(left, right, observed, log_uniform(key, init_scale) if is_range(init_scale) else ())
 
     def init(key: PRNGKeyArray, phi: Phi) -> Params:
-        root = jnp.sqrt(phi.init_scale) if is_range(init_scale) else math.sqrt(init_scale)
+        root = math.sqrt(init_scale) if isinstance(init_scale, int | float) else jnp.sqrt(phi.init_scale)
         draw = root * rank**-0.25 * jax.random.normal(key, (rows + columns, rank))
         return {"u": draw[:rows], "v": draw[rows:]}
 
