@@ -125,7 +125,8 @@ def test_forward_and_init_are_those_of_lopt_mup(name):
     about = mup.describe(params, grown)
     for old, new, one in zip(*map(jax.tree.leaves, (params, grown)), leaves(about), strict=True):
         if old.ndim > 1:
-            assert new.std() / old.std() == pytest.approx(one.init, rel=0.25)
+            chance = 4 / old.size**0.5  # of the standard deviation of so few weights
+            assert new.std() / old.std() == pytest.approx(one.init, rel=max(0.25, chance))
     assert [one.forward for one in leaves(about) if one.role == "output"] == [0.25]
     # A wide network whose output weights are all equal has 0.25 times the sum in its logits.
     doubled = jax.tree.map(lambda p, one: p if one.role != "output" else 4 * p, grown, about)
