@@ -14,6 +14,7 @@ import pytest
 from lopt import prox, proximal, rules
 from lopt.features import Layer
 from lopt.rules import l2o_dm, l2o_pa, rnnprop
+from tasks import certified
 
 
 def weights(z, model, dtype):
@@ -450,3 +451,33 @@ def test_a_learned_metric_is_pooled_where_elements_belong_together(penalty):
     free = l2o_pa.solution(jax.jit(plain.update)(g, plain.init(y), y)[1])  # v = y - s p g
     metric = (y - free) / g
     np.testing.assert_allclose(l2o_pa.solution(state), PENALTIES[penalty].apply(free, metric), atol=1e-5)
+
+
+# Certified optima
+
+
+def problem(z, names):
+    W, b = (np.stack([z[f"{name}/{field}"] for name in names]).astype(float) for field in ("W", "b"))
+    return W, b, np.array([z[f"{name}/f_star"] for name in names])
+
+
+@pytest.mark.parametrize(
+    ("smooth", "rho", "names"),
+    [
+        (certified.SQUARED, RHO, TOYS),
+        (certified.SQUARED, 0.01, ["lasso_oodcond_0"]),
+        (certified.LOGISTIC, RHO, ["logistic_small_0", "logistic_small_1"]),
+    ],
+    ids=["lasso", "ill-conditioned", "logistic"],
+)
+def test_optima_are_those_of_the_recording_and_certified(smooth, rho, names, committed):
+    W, b, best = problem(committed, names)
+    found = certified.minimum(smooth, W, b, rho)
+    np.testing.assert_allclose(found.value, best, rtol=1e-13)
+    assert (found.gap < 1e-13 * np.maximum(1, best)).all()
+    for name, x in zip(names, found.x, strict=True):
+        np.testing.assert_allclose(x, committed[f"{name}/x_star"], atol=1e-7)
+    # The gap bounds what is lost, and it knows a point that is not optimal.
+    other = certified.certified(smooth, W, b, rho, found.x + 0.01)
+    assert (other.value - best <= other.gap + 1e-12).all()
+    assert (other.gap > 1e-6).all()
