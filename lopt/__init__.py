@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lopt import baselines as baselines
     from lopt import convert as convert
     from lopt import mup as mup
+    from lopt import prox as prox
+    from lopt import proximal as proximal
     from lopt import rules as rules
     from lopt.base import LearnedOptimizer as LearnedOptimizer
     from lopt.pretrained import available as available
@@ -26,6 +28,8 @@ _HOME = {
     "convert": "lopt.convert",
     "load": "lopt.pretrained",
     "mup": "lopt.mup",
+    "prox": "lopt.prox",
+    "proximal": "lopt.proximal",
     "read": "lopt.pretrained",
     "rules": "lopt.rules",
     "save": "lopt.pretrained",

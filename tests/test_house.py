@@ -23,7 +23,8 @@ REGISTRIES = {
     "meta_train/estimators": ("meta_train.estimators", {"base", "unroll"}),
     "tasks": (
         "tasks",
-        {"__main__", "adapters", "augment", "base", "checks", "held_out", "language", "layers", "space", "supervised"},
+        {"__main__", "adapters", "augment", "base", "certified", "checks", "held_out", "language", "layers"}
+        | {"space", "sparse", "supervised"},
     ),
 }
 

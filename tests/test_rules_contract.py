@@ -31,7 +31,10 @@ def name(request):
 
 SMALL = {  # as many meta-parameters as it takes to run every line
     "celo": dict(lstm_hidden=8),
+    "l2o_dm": dict(hidden=4),
+    "l2o_pa": dict(hidden=4),
     "nn_adam": dict(lstm_hidden=4),
+    "rnnprop": dict(hidden=4),
     "velo": dict(lstm_hidden=8, bank=4),
 }
 
@@ -179,17 +182,18 @@ def test_vmaps_over_theta_and_lr(name):
     for i in range(2):
         pick = functools.partial(jax.tree.map, lambda x, i=i: x[i])
         close(pick(ours), updates(pick(thetas), lrs[i]))
-    assert not np.allclose(3 * ours["w"][0], ours["w"][1], rtol=0.1)
+    assert not np.allclose(3 * ours["w"][0], ours["w"][1], rtol=0.01)
 
 
 def test_differentiable_in_theta_even_where_gradients_are_zero(name):
     wide = {"hidden": 16} if "hidden" in built(name)[0].settings else {}  # wide compiles faster
-    rule = rules.make(name, **SMALL.get(name, {}), **wide)
+    rule = rules.make(name, **SMALL.get(name, {}) | wide)
+    told = {"lipschitz": 300.0} if name == "l2o_pa" else {}  # longer gradient steps kill all units
     x = jnp.abs(tree(4, {"x": (5, 4)})["x"])
     start = {"b": jnp.ones(3), "w": jnp.abs(PARAMS["w"]).at[:, 2].set(-3.0)}  # a dead unit: b[2] has gradient 0
 
     def meta_loss(theta):
-        tx = rule.bind(theta, num_steps=HORIZON)
+        tx = rule.bind(theta, num_steps=HORIZON, **told)
 
         def body(carry, _):
             params, state = carry

@@ -32,7 +32,7 @@ def l2o_dm(*, hidden: int = 20, step_mult: float = 0.1) -> LearnedOptimizer:
     """Build the rule.
 
     Args:
-      hidden: width of the LSTM's two layers (20: 5,301 meta-parameters).
+      hidden: width of the LSTM's two layers (20: 5,141 meta-parameters).
       step_mult: size of a step where the network says 1.
 
     Raises:

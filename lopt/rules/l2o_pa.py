@@ -133,7 +133,7 @@ def l2o_pa(
 
     Args:
       form: which of p, a, b, b1, b2 are learned: A, P, PA, PBA, PBA1, PBA2, PBA12.
-      hidden: width of the LSTM and the layer behind it (20: 5,922 meta-parameters with the form PA).
+      hidden: width of the LSTM and the layer behind it (20: 5,582 meta-parameters with the form PA).
       activation: of p and a, sigmoid (the paper's for LASSO) or softplus (for logistic regression).
       p_gain: p is this times its activation.
       a_gain: a is this times its activation.

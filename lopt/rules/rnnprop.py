@@ -37,7 +37,7 @@ def rnnprop(*, hidden: int = 20, step_mult: float = 0.1, b1: float = 0.95, b2: f
     """Build the rule.
 
     Args:
-      hidden: width of the first layer and of the LSTM's two (20: 6,801 meta-parameters).
+      hidden: width of the first layer and of the LSTM's two (20: 6,641 meta-parameters).
       step_mult: the longest step of a coordinate.
       b1: decay of the average of gradients.
       b2: decay of the average of their squares.
