@@ -97,6 +97,16 @@ def _suite_parsers(commands: Any) -> None:
         "--mup", action="store_true", help="with --axis width: also under the maximal-update parametrisation"
     )
     sweep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    l2o = commands.add_parser(
+        "l2o",
+        help="learned and classical methods on composite convex problems",
+        description="Relative gaps to certified optima of learned proximal optimizers and classical methods.",
+    )
+    l2o.add_argument("--problem", default="lasso", choices=("lasso", "logistic"), help="(default: %(default)s)")
+    l2o.add_argument("--optimizers", default="", metavar="A,B", help="shipped names or folders of artifacts")
+    l2o.add_argument("--instances", type=int, default=1024, metavar="N", help="a set (default: %(default)s)")
+    l2o.add_argument("--seed", type=int, default=0, metavar="S", help="of the instances (default: %(default)s)")
+    l2o.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,9 +134,11 @@ def _suite(args: argparse.Namespace) -> int:
     try:
         _check_suite(args)
         prepare_jax()
-        from meta_test import commands, sweep
+        from meta_test import commands, l2o, sweep
 
-        return sweep.sweep(args) if args.command == "sweep" else getattr(commands, args.command)(args)
+        if args.command in ("sweep", "l2o"):
+            return sweep.sweep(args) if args.command == "sweep" else l2o.l2o(args)
+        return getattr(commands, args.command)(args)
     except (ValueError, OSError) as e:
         return fail(e)
     except KeyboardInterrupt:
@@ -138,7 +150,7 @@ def _check_suite(args: argparse.Namespace) -> None:
     """Raise ValueError for what can be refused before JAX starts."""
     if args.command in ("run", "tune"):
         _check_name(args.suite)
-    if args.seeds is not None and args.seeds < 1:
+    if getattr(args, "seeds", None) is not None and args.seeds < 1:
         raise ValueError(f"lopt-eval: --seeds, got {args.seeds}; valid: an integer >= 1.")
     if args.command == "sweep" and args.steps < 10:
         raise ValueError(f"lopt-eval: --steps, got {args.steps}; valid: an integer >= 10.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt.base import LearnedOptimizer, unknown
+from lopt.prox import Penalty
 from tasks.base import Task
 
 if TYPE_CHECKING:
@@ -124,10 +126,15 @@ def make_inner(
     last = {"mean": 0, "final": 1, "last": last_steps}[objective]
     split = "validation" if meta_loss == "validation" else "train"
     value_and_grad = task.value_and_grad or jax.value_and_grad(task.loss)
+    # A rule with a proximal operator sees the smooth part's gradient; any other a subgradient of the whole.
+    composite = task.composite if "prox" in inspect.signature(rule.bind).parameters else None
 
-    def bind(theta: Any, num_steps: Any) -> optax.GradientTransformationExtraArgs:
+    def bind(theta: Any, num_steps: Any, phi: Any) -> optax.GradientTransformationExtraArgs:
+        more = {}
+        if composite:
+            more = {"prox": Penalty(composite.penalty(phi), composite.kind), "lipschitz": composite.lipschitz(phi)}
         # A trajectory that is no longer finite is reset by its estimator, so nothing need be skipped here.
-        return rule.bind(theta, num_steps=num_steps, nonfinite="propagate", diagnostics=False)
+        return rule.bind(theta, num_steps=num_steps, nonfinite="propagate", diagnostics=False, **more)
 
     template = jax.eval_shape(rule.init_theta, jax.random.key(0))
 
@@ -139,7 +146,7 @@ def make_inner(
         # No state depends on theta's values, so zeros of its shapes do.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), template)
         grad_state = task.grad_transform.init(params) if task.grad_transform else ()
-        opt_state, t = bind(zeros, steps).init(params), jnp.zeros((), jnp.int32)
+        opt_state, t = bind(zeros, steps, phi).init(params), jnp.zeros((), jnp.int32)
         return Particle(params, opt_state, grad_state, phi, t, steps, init_scale(scale_key, params, phi))
 
     def init_scale(key: jax.Array, params: Any, phi: Any) -> Any:
@@ -161,8 +168,12 @@ def make_inner(
         grad_state = particle.grad_state
         if task.grad_transform:
             grads, grad_state = task.grad_transform.update(grads, grad_state, particle.params)
-        tx = bind(theta, particle.horizon)
-        updates, opt_state = tx.update(grads, particle.opt_state, particle.params, value=value)
+        extra = {}
+        if composite:
+            smooth = jax.grad(lambda params: composite.smooth(params, loss_key, particle.phi, batch))
+            grads, extra = smooth(particle.params), {"grad_fn": smooth}
+        tx = bind(theta, particle.horizon, particle.phi)
+        updates, opt_state = tx.update(grads, particle.opt_state, particle.params, value=value, **extra)
         params = optax.apply_updates(particle.params, updates)
         if meta_loss != "train":
             meta_batch = task.batch(meta_batch_key, particle.phi, task.data, split)

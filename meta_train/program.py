@@ -434,7 +434,8 @@ def _validator(
         for j, (other, trained) in enumerate(zip(run.groups, mixture, strict=True)):
             shared = {source.id for source in task.provenance} & {source.id for source in trained.provenance}
             alike = group.family == other.family and shared and param_shapes(task) == param_shapes(trained)
-            if alike or task.name == trained.name:
+            # What has no data draws an instance anew each time: the same family is other tasks.
+            if alike or (task.name == trained.name and task.composite is None):
                 raise ValueError(
                     f"config.validation.tasks.{i}, got {task.name}, which is in the mixture: groups.{j} is "
                     f"{trained.name}; valid: another family, other shapes of params, or other data."

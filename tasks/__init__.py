@@ -27,6 +27,8 @@ REGISTRY: dict[str, str] = {
     "es": "tasks.es",
     "graph_network": "tasks.graph_network",
     "image_mlp": "tasks.image_mlp",
+    "lasso": "tasks.lasso",
+    "logistic_l1": "tasks.logistic_l1",
     "logistic_regression": "tasks.logistic_regression",
     "matrix_factorisation": "tasks.matrix_factorisation",
     "mlp_mixer": "tasks.mlp_mixer",

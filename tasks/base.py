@@ -16,6 +16,22 @@ class Source(NamedTuple):
     sha256: str  # of the embedded file
 
 
+class Composite(NamedTuple):
+    """The structure of a loss that is smooth + penalty, for methods with a proximal operator.
+
+    Fields:
+      smooth: `(params, key, phi, batch) -> scalar`; others see the whole loss and its subgradient.
+      penalty: `phi -> strengths`, numbers or arrays, of the penalty's `kind`.
+      lipschitz: `phi -> ()`, the Lipschitz constant of the smooth part's gradient.
+      kind: name of the penalty, as `lopt.prox` has them.
+    """
+
+    smooth: Callable[[Any, Any, Any, Any], Any]
+    penalty: Callable[[Any], tuple[Any, ...]]
+    lipschitz: Callable[[Any], Any]
+    kind: str = "l1"
+
+
 class Task(NamedTuple):
     """An inner problem: a family at fixed shapes. Everything is pure and in-graph.
 
@@ -40,6 +56,7 @@ class Task(NamedTuple):
       provenance: the data sets it draws from.
       init_loss: closed form of the expected loss at init (log classes …), or None.
       family: name in `tasks.REGISTRY`, or "module:function" of a user's own; set by `tasks.make`.
+      composite: its smooth part and penalty where it has them, or None.
       window: `i -> data` number i, of the shapes of `data`, where there is more than fits on a device; or None. On the
         host, decoded when it is called.
     """
@@ -59,3 +76,4 @@ class Task(NamedTuple):
     init_loss: float | None = None
     family: str = ""
     window: Callable[[int], Any] | None = None
+    composite: Composite | None = None

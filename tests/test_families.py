@@ -48,6 +48,8 @@ CASES = {
     "es": Case({"pairs": 16}, lr=0.03, ratio=0.9),
     "graph_network": Case({}, lr=0.01),
     "image_mlp": Case({}, ratio=0.5),
+    "lasso": Case({}, lr=0.03, ratio=0.6),
+    "logistic_l1": Case({}, lr=0.03, ratio=0.98),
     "logistic_regression": Case({}, lr=0.03, ratio=0.4),
     "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
     "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import tasks
 from lopt import prox, proximal, rules
 from lopt.features import Layer
 from lopt.rules import l2o_dm, l2o_pa, rnnprop
+from meta_test import cli
+from meta_test import l2o as judge
+from meta_train.inner import Horizon, make_inner
 from tasks import certified
 
 
@@ -481,3 +487,100 @@ def test_optima_are_those_of_the_recording_and_certified(smooth, rho, names, com
     other = certified.certified(smooth, W, b, rho, found.x + 0.01)
     assert (other.value - best <= other.gap + 1e-12).all()
     assert (other.gap > 1e-6).all()
+
+
+# Tasks, meta-training, evaluation
+
+
+@pytest.mark.parametrize("family", ["lasso", "logistic_l1"])
+def test_instances_have_the_structure_they_say(family):
+    task = tasks.make(family, shift=(0.0, 0.3))
+    phi = task.sample(jax.random.key(0))
+    scale = 1.0 if family == "lasso" else 0.25 / len(phi.b)
+    assert float(phi.lipschitz) == pytest.approx(scale * np.linalg.norm(phi.W, 2) ** 2, rel=1e-4)
+    x = jax.random.normal(jax.random.key(1), (phi.W.shape[1],))
+    smooth = {"lasso": lasso, "logistic_l1": logistic}[family](phi.W, phi.b, x)
+    assert float(task.composite.smooth(x, None, phi, ())) == pytest.approx(float(smooth), rel=1e-5)
+    whole = smooth + prox.l1(*task.composite.penalty(phi)).value(x)
+    assert float(task.loss(x, None, phi, ())) == pytest.approx(float(whole), rel=1e-5)
+    if family == "lasso":
+        np.testing.assert_allclose(jnp.linalg.norm(phi.W, axis=0), 1.0, rtol=1e-5)
+    for settings in ({"nonzeros": 999}, {"shift": (0.3, 0.1)}, {"rows": 0}, {"log10_strength": (0.0, 9.0)}):
+        with pytest.raises(ValueError, match=f"{family}: "):
+            tasks.make(family, **settings)
+
+
+@pytest.mark.parametrize("name", ["l2o_pa", "l2o_dm"])
+def test_an_inner_step_gives_each_rule_its_gradient(name):
+    """With a proximal operator that of the smooth part; without a subgradient of the whole."""
+    task, rule = tasks.make("lasso"), rules.make(name, **({"form": "PBA", "hidden": 4} if name == "l2o_pa" else {}))
+    theta = rule.init_theta(jax.random.key(0))
+    inner = make_inner(rule, task, horizon=Horizon(9, 9), meta_loss="fresh", loss_limit=1e6)
+    particle = inner.reset(jax.random.key(1))
+    phi, y = particle.phi, particle.params
+    more = dict(prox=prox.l1(phi.strength), lipschitz=phi.lipschitz) if name == "l2o_pa" else {}
+    tx = rule.bind(theta, **more)
+    state = tx.init(y)
+    step = jax.jit(inner.step)
+    for t in range(3):
+        particle, value, *_ = step(theta, particle, jax.random.key(t))
+        gradient = jax.grad(lambda y: task.composite.smooth(y, None, phi, ()))
+        g = gradient(y) if name == "l2o_pa" else jax.grad(task.loss)(y, None, phi, ())
+        updates, state = tx.update(g, state, y, grad_fn=gradient)
+        y = optax.apply_updates(y, updates)
+        np.testing.assert_allclose(particle.params, y, rtol=1e-4, atol=1e-6)
+        assert float(value) == pytest.approx(float(task.loss(y, None, phi, ())), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def few():
+    with jax.enable_x64(True):
+        return judge.draw(judge.PROBLEMS["lasso"], "20x40", 3, 0)
+
+
+def test_gaps_are_those_of_the_methods_own_iterates(few):
+    with jax.enable_x64(True):
+        task, instances = few
+        assert instances.gap < judge.FLOOR
+        methods = judge.classical(judge.PROBLEMS["lasso"])
+        at_y, at_x = judge.gaps(task, methods["FISTA"], instances, 30)
+        for i, best in enumerate(instances.best):
+            phi = jax.tree.map(lambda leaf, i=i: leaf[i], instances.phi)
+            r = prox.l1(phi.strength)
+            for gap, point in ((at_x, lambda y, state: state.x), (at_y, lambda y, state: y)):
+                tx = proximal.fista(lipschitz=phi.lipschitz, prox=r)
+                objective, _ = classical(tx, phi.W, phi.b, r, 30, objective_at=point)
+                np.testing.assert_allclose(gap[:, i], (objective - best) / best, rtol=1e-6)
+        slow, quick = (judge.gaps(task, methods[name], instances, 30)[1, -1] for name in ("ISTA", "FISTA"))
+        assert (quick < slow).all()
+
+
+def test_what_is_tuned_is_the_best_of_its_grid(few):
+    with jax.enable_x64(True):
+        task, instances = few
+        method = judge.classical(judge.PROBLEMS["lasso"])["momentum, tuned"]
+        (chosen,) = judge.tune(task, method, instances).values()
+        found = [judge.gaps(task, method, instances, judge.TUNED_AT, a=a)[0, -1].mean() for a in method.grid["a"]]
+        assert chosen == method.grid["a"][int(np.argmin(found))]
+        assert judge.tune(task, judge.classical(judge.PROBLEMS["lasso"])["ISTA"], instances) == {}
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(judge, "KS", (1, 2, 3, 5))
+    small = judge.PROBLEMS["lasso"]._replace(sets={"5x8": {"rows": 5, "columns": 8, "nonzeros": 2}})
+    monkeypatch.setitem(judge.PROBLEMS, "lasso", small)
+    monkeypatch.setattr(
+        judge,
+        "classical",
+        lambda problem: {
+            "ISTA": judge.Method(lambda phi: proximal.ista(lipschitz=phi.lipschitz, prox=prox.l1(phi.strength)))
+        },
+    )
+    out = tmp_path / "l2o"
+    assert cli.main(["l2o", "--instances", "3", "--out", str(out)]) == 0
+    assert "| ISTA |" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == set(judge.FILES)
+    held = list(csv.DictReader((out / "l2o.csv").read_text().splitlines()))
+    assert [(row["at"], row["k"]) for row in held] == [(at, str(k)) for at in "yx" for k in (1, 2, 3, 5)]
+    assert float(held[3]["mean"]) < float(held[0]["mean"])
