@@ -49,7 +49,7 @@ def logistic_l1(
         "logistic_l1",
         smooth,
         lambda z: (z >= 0).astype(jnp.float32),
-        0.25 / rows,
+        0.25 / max(rows, 1),
         rows=rows,
         columns=columns,
         nonzeros=nonzeros,
