@@ -156,9 +156,10 @@ def gaps(task: Task, method: Method, instances: Instances, steps: int, **tuned: 
     """Relative gaps at y and x before each of `steps` updates and after the last."""
     if task.composite is None:
         raise ValueError(f"lopt-eval l2o: {task.name} has no proximal structure; valid: lasso, logistic_l1.")
-    key, batch, smooth_part = jax.random.key(0), (), task.composite.smooth
+    key, smooth_part = jax.random.key(0), task.composite.smooth
 
     def one(phi: Any) -> Any:
+        batch = task.batch(key, phi, task.data, "validation")
         whole = lambda x: task.loss(x, key, phi, batch)  # noqa: E731
         smooth = jax.grad(lambda x: smooth_part(x, key, phi, batch))
         gradient = smooth if method.proximal else jax.grad(whole)

@@ -90,7 +90,7 @@ def minimum(
     W, b = np.asarray(W, np.float64), np.asarray(b, np.float64)
     step = 1 / (np.linalg.norm(W, 2, axis=(1, 2)) ** 2 * smooth.bound(W.shape[1]))[:, None]
     x = y = np.zeros((len(W), W.shape[2]))
-    t, found = np.ones((len(W), 1)), certified(smooth, W, b, rho, x)
+    t, found = np.ones((len(W), 1)), certify(smooth, W, b, rho, x)
     for count in range(1, steps + 1):
         v = y - step * _gradient(smooth, W, b, y)
         new = np.sign(v) * np.maximum(np.abs(v) - rho * step, 0)
@@ -98,7 +98,7 @@ def minimum(
         following = (1 + np.sqrt(1 + 4 * t * t)) / 2
         x, y, t = new, new + (t - 1) / following * (new - x), following
         if count % 100 == 0 or count == steps:
-            found = _better(*(certified(smooth, W, b, rho, p) for p in (x, _polish(smooth, W, b, rho, x))))
+            found = _better(*(certify(smooth, W, b, rho, p) for p in (x, _polish(smooth, W, b, rho, x))))
             if np.all(found.gap <= tolerance * np.maximum(1, np.abs(found.value))):
                 break
     return found
@@ -110,7 +110,7 @@ def _better(one: Optimum, other: Optimum) -> Optimum:
     return Optimum(np.where(lower, other.x, one.x), *rest)
 
 
-def certified(smooth: Smooth, W: Any, b: Any, rho: float, x: Float[np.ndarray, "N n"]) -> Optimum:
+def certify(smooth: Smooth, W: Any, b: Any, rho: float, x: Float[np.ndarray, "N n"]) -> Optimum:
     """Objective and duality gap of points: the slope at x, made small enough to be feasible, is a dual point."""
     z = np.einsum("kmn,kn->km", W, x)
     u = smooth.slope(z, b)

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from tasks.base import Task
-from tasks.space import Choice
-from tasks.sparse import sparse
+from tasks.space import Choice, LogInt
+from tasks.sparse import linear_model
 
 SPACE = {
-    ("rows", "columns", "nonzeros"): Choice(((20, 40, 5), (32, 64, 5), (64, 128, 10))),
+    "rows": LogInt(16, 64),
+    "columns": LogInt(16, 128),
+    "nonzeros": LogInt(2, 12),
     "shift": Choice(((0.0, 0.0), (0.0, 0.3))),
     "log10_strength": Choice(((-1.0, -1.0), (-2.0, -1.0))),
 }
@@ -28,6 +30,7 @@ def lasso(
     magnitude: Sequence[float] = (1.0, 1.0),
     shift: Sequence[float] = (0.0, 0.0),
     log10_strength: Sequence[float] = (-1.0, -1.0),
+    noise: float = 0.0,
 ) -> Task:
     """½‖W x - b‖² + strength · Σ |x| from 0, where b = W x* for an x* with few nonzeros; an instance a phi.
 
@@ -39,11 +42,12 @@ def lasso(
       shift: range of u; W is (1 - u) · normal + u before its columns are scaled. Above 0 columns are correlated and the
         problem is ill-conditioned (.3 in the recorded instances).
       log10_strength: range of the strength's log10; phi draws from it uniformly.
+      noise: standard deviation of the gradient's noise along each axis; validation and test have none.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
     plain = shift[1] == 0 and magnitude[0] == magnitude[1]
-    return sparse(
+    return linear_model(
         "lasso",
         lambda phi, x: 0.5 * jnp.sum((phi.W @ x - phi.b) ** 2),
         lambda z: z,
@@ -54,6 +58,7 @@ def lasso(
         magnitude=magnitude,
         shift=shift,
         log10_strength=log10_strength,
+        noise=noise,
         unit_columns=True,
         init_loss=0.5 * nonzeros * magnitude[0] ** 2 if plain else None,
     )

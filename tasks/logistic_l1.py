@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from tasks.base import Task
-from tasks.space import Choice
-from tasks.sparse import sparse
+from tasks.space import Choice, LogInt
+from tasks.sparse import linear_model
 
 SPACE = {
-    ("rows", "columns", "nonzeros"): Choice(((100, 20, 8), (200, 50, 20), (1000, 50, 20))),
+    "rows": LogInt(50, 500),
+    "columns": LogInt(16, 64),
+    "nonzeros": LogInt(2, 12),
     "shift": Choice(((0.0, 0.0), (0.0, 0.3))),
     "log10_strength": Choice(((-1.0, -1.0), (-2.0, -1.0))),
 }
@@ -28,6 +30,7 @@ def logistic_l1(
     nonzeros: int = 8,
     shift: Sequence[float] = (0.0, 0.0),
     log10_strength: Sequence[float] = (-1.0, -1.0),
+    noise: float = 0.0,
 ) -> Task:
     """Mean of log(1 + exp(W x)) - b · W x, plus strength · Σ |x|, from 0; an instance a phi.
 
@@ -37,6 +40,7 @@ def logistic_l1(
       nonzeros: of the x* whose signs of W x* are the labels b.
       shift: range of u.
       log10_strength: range of the strength's log10; phi draws from both uniformly.
+      noise: standard deviation of the gradient's noise along each axis; validation and test have none.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -45,7 +49,7 @@ def logistic_l1(
         z = phi.W @ x
         return jnp.mean(jnp.logaddexp(0.0, z) - phi.b * z)
 
-    return sparse(
+    return linear_model(
         "logistic_l1",
         smooth,
         lambda z: (z >= 0).astype(jnp.float32),
@@ -56,6 +60,7 @@ def logistic_l1(
         magnitude=(1.0, 1.0),
         shift=shift,
         log10_strength=log10_strength,
+        noise=noise,
         unit_columns=False,
         init_loss=math.log(2),
     )

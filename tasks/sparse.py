@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tasks.base import Composite, Task
-from tasks.supervised import require_positive
+from tasks.base import Composite, Split, Task
+from tasks.supervised import require_positive, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -44,7 +44,7 @@ def squared_norm(W: Float[Array, "m n"]) -> Float[Array, ""]:
     return jnp.linalg.norm(gram @ v)
 
 
-def sparse(
+def linear_model(
     family: str,
     smooth: Callable[[Phi, Array], Array],
     targets: Callable[[Array], Array],
@@ -56,6 +56,7 @@ def sparse(
     magnitude: Range,
     shift: Range,
     log10_strength: Range,
+    noise: float,
     unit_columns: bool,
     init_loss: float | None,
 ) -> Task:
@@ -80,6 +81,9 @@ def sparse(
         if not least <= low <= high <= most:
             raise ValueError(f"{family}: {name}, got ({low}, {high}); valid: a range (low, high) in [{least}, {most}].")
 
+    if not 0.0 <= noise <= 1e6:
+        raise ValueError(f"{family}: noise, got {noise}; valid: 0 to 1e6.")
+
     def between(key: PRNGKeyArray, ends: Range) -> Array:
         return jax.random.uniform(key, minval=ends[0], maxval=ends[1])
 
@@ -94,20 +98,27 @@ def sparse(
         strength = 10.0 ** between(strength_key, log10_strength)
         return Phi(W, targets(W @ x), strength, bound * squared_norm(W))
 
-    def loss(params: Array, key: PRNGKeyArray, phi: Phi, batch: Any) -> Array:
-        return smooth(phi, params) + phi.strength * jnp.sum(jnp.abs(params))
+    def batch(key: PRNGKeyArray, phi: Phi, data: Any, split: Split) -> Float[Array, " n"]:
+        z = jax.random.normal(key, (columns,))
+        return noise * z if split_index(split) == 0 else jnp.zeros_like(z)
+
+    def noisy(params: Array, key: PRNGKeyArray, phi: Phi, batch: Array) -> Array:
+        return smooth(phi, params) + batch @ params
+
+    def loss(params: Array, key: PRNGKeyArray, phi: Phi, batch: Array) -> Array:
+        return noisy(params, key, phi, batch) + phi.strength * jnp.sum(jnp.abs(params))
 
     return Task(
         data=(),
         sample=sample,
         init=lambda key, phi: jnp.zeros(columns, jnp.float32),
-        batch=lambda key, phi, data, split: (),
+        batch=batch,
         loss=loss,
         name=f"{family}({rows}x{columns}, {nonzeros} nonzeros, strength 10^{log10_strength[0]:g} to "
-        f"10^{log10_strength[1]:g}{f', shift to {shift[1]:g}' if shift[1] else ''})",
+        f"10^{log10_strength[1]:g}, shift to {shift[1]:g}, noise {noise:g})",
         init_loss=init_loss,
         composite=Composite(
-            smooth=lambda params, key, phi, batch: smooth(phi, params),
+            smooth=noisy,
             penalty=lambda phi: (phi.strength,),
             lipschitz=lambda phi: phi.lipschitz,
         ),

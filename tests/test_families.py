@@ -48,8 +48,8 @@ CASES = {
     "es": Case({"pairs": 16}, lr=0.03, ratio=0.9),
     "graph_network": Case({}, lr=0.01),
     "image_mlp": Case({}, ratio=0.5),
-    "lasso": Case({}, lr=0.03, ratio=0.6),
-    "logistic_l1": Case({}, lr=0.03, ratio=0.98),
+    "lasso": Case({"noise": 0.01}, lr=0.03, ratio=0.6),
+    "logistic_l1": Case({"noise": 0.01}, lr=0.03, ratio=0.98),
     "logistic_regression": Case({}, lr=0.03, ratio=0.4),
     "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
     "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),
@@ -249,13 +249,14 @@ def numbered(task):
 
 
 # family -> which examples a batch holds; `None`: fresh draws, of which none comes twice
+NOISY = ("lasso", "logistic_l1", "quadratic", "synthetic")
 EXAMPLES = {
     "coordinate_mlp": lambda batch: batch.place[..., 0] * 1000 + batch.place[..., 1],
     "graph_network": lambda batch: batch.node,
     "matrix_factorisation": lambda batch: batch.row * 1000 + batch.column,
     "rnn_lm": lambda batch: batch,
     "transformer_lm": lambda batch: batch,
-} | dict.fromkeys(("pinn", "policy_gradient", "quadratic", "synthetic"))
+} | dict.fromkeys(("pinn", "policy_gradient", *NOISY))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,7 +268,12 @@ def test_no_example_is_in_two_splits(family):
         phi = pick(begun(family)[0], 0)
         drawn = [task.batch(KEYS[1], phi, (), split) for split in SPLITS]  # of one key
         for one, other in itertools.combinations(drawn, 2):
-            if family in ("quadratic", "synthetic"):  # whose batches hold noise, of which only training has any
+            if family in (
+                "lasso",
+                "logistic_l1",
+                "quadratic",
+                "synthetic",
+            ):  # whose batches hold noise, of which only training has any
                 assert not jnp.any(other)
             else:
                 assert jnp.mean(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0]) < 0.5  # a pole's 1 is equal
@@ -294,7 +300,7 @@ def test_no_example_is_in_two_splits(family):
 CLASSIFIERS = {"cnn", "es", "image_mlp", "logistic_regression", "mlp_mixer", "resnet", "tabular_mlp", "vit"}
 REFUSED = {
     "noise_labels": set(FAMILIES) - CLASSIFIERS,  # no classes, or the loss does not look at them
-    "reduce_batch": {"graph_network", "quadratic", "synthetic"},  # no rows
+    "reduce_batch": {"graph_network", "lasso", "logistic_l1", "quadratic", "synthetic"},  # no rows
 }
 
 

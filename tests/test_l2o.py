@@ -484,7 +484,7 @@ def test_optima_are_those_of_the_recording_and_certified(smooth, rho, names, com
     for name, x in zip(names, found.x, strict=True):
         np.testing.assert_allclose(x, committed[f"{name}/x_star"], atol=1e-7)
     # The gap bounds what is lost, and it knows a point that is not optimal.
-    other = certified.certified(smooth, W, b, rho, found.x + 0.01)
+    other = certified.certify(smooth, W, b, rho, found.x + 0.01)
     assert (other.value - best <= other.gap + 1e-12).all()
     assert (other.gap > 1e-6).all()
 
@@ -500,9 +500,9 @@ def test_instances_have_the_structure_they_say(family):
     assert float(phi.lipschitz) == pytest.approx(scale * np.linalg.norm(phi.W, 2) ** 2, rel=1e-4)
     x = jax.random.normal(jax.random.key(1), (phi.W.shape[1],))
     smooth = {"lasso": lasso, "logistic_l1": logistic}[family](phi.W, phi.b, x)
-    assert float(task.composite.smooth(x, None, phi, ())) == pytest.approx(float(smooth), rel=1e-5)
+    assert float(task.composite.smooth(x, None, phi, 0 * x)) == pytest.approx(float(smooth), rel=1e-5)
     whole = smooth + prox.l1(*task.composite.penalty(phi)).value(x)
-    assert float(task.loss(x, None, phi, ())) == pytest.approx(float(whole), rel=1e-5)
+    assert float(task.loss(x, None, phi, 0 * x)) == pytest.approx(float(whole), rel=1e-5)
     if family == "lasso":
         np.testing.assert_allclose(jnp.linalg.norm(phi.W, axis=0), 1.0, rtol=1e-5)
     for settings in ({"nonzeros": 999}, {"shift": (0.3, 0.1)}, {"rows": 0}, {"log10_strength": (0.0, 9.0)}):
@@ -524,12 +524,12 @@ def test_an_inner_step_gives_each_rule_its_gradient(name):
     step = jax.jit(inner.step)
     for t in range(3):
         particle, value, *_ = step(theta, particle, jax.random.key(t))
-        gradient = jax.grad(lambda y: task.composite.smooth(y, None, phi, ()))
-        g = gradient(y) if name == "l2o_pa" else jax.grad(task.loss)(y, None, phi, ())
+        gradient = jax.grad(lambda y: task.composite.smooth(y, None, phi, 0 * y))
+        g = gradient(y) if name == "l2o_pa" else jax.grad(task.loss)(y, None, phi, 0 * y)
         updates, state = tx.update(g, state, y, grad_fn=gradient)
         y = optax.apply_updates(y, updates)
         np.testing.assert_allclose(particle.params, y, rtol=1e-4, atol=1e-6)
-        assert float(value) == pytest.approx(float(task.loss(y, None, phi, ())), rel=1e-4)
+        assert float(value) == pytest.approx(float(task.loss(y, None, phi, 0 * y)), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
