@@ -15,7 +15,7 @@ RUN = Run(
     rule="l2o_pa",
     groups=(Group("lasso"),),
     estimator=Estimator("truncated_backprop", pairs=64, truncation=20),
-    horizon=Horizon(100, 100, stagger="never"),
+    horizon=Horizon(100, 100, stagger=False),
     meta_loss="fresh",
     loss_limit=1e6,
     validation=Validation(tasks=(Group("lasso"),), every=5 * ROUND, inner_steps=100, seeds=64),
