@@ -512,8 +512,8 @@ def test_a_draw_without_a_gradient_would_be_seen(monkeypatch):
         run_a_draw("quadratic", 0)
 
 
-# What `make test` may take: some seconds a family, which no clock can demand of a busy machine. So what its tests compute
-# and how much there is to compile is bounded.
+# What `make test` may take: some seconds a family, which no clock can demand of a busy machine. So what its tests
+# compute and how much there is to compile is bounded.
 MOST_FLOPS, MOST_EQUATIONS = 4e9, 800
 
 
