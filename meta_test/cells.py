@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from meta_test.suites import SUITES, VERSIONS, Problem
 
 PROTOCOL = 1  # raised when a number changes for the same inputs
 DIGITS = 5  # significant, of the losses in a record
-SHIPPED = Path(__file__).parent / "cache"
+SHIPPED = Path(__file__).parent / "cache"  # read by all; written by `lopt-eval tune --ship` alone
 KEY = 16  # hexadecimal digits in a file's name
 
 
@@ -116,16 +117,32 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def find(folders: Iterable[Path], cell: Cell, key: str) -> Path | None:
-    """The record of a key in the folders or the suites' folders in them, if there is one."""
+    """The record of a key in the folders or the suites' folders in them, if there is one that ended.
+
+    What crashed or was skipped is left to be tried again: a bug may be mended where the key does not see it, and memory
+    that ran out may be there now.
+    """
     name = file_of(cell, key)
-    places = [place for folder in folders for place in (folder, *(folder / folder_of(suite) for suite in SUITES))]
-    return next((place / name for place in places if (place / name).is_file()), None)
+    paths = (place / name for place in _places(folders))
+    return next((path for path in paths if path.is_file() and read(path).get("status") == "done"), None)
+
+
+def of_other_keys(folders: Iterable[Path], cell: Cell) -> bool:
+    """Whether there is any record of a cell, whatever its key."""
+    return any(any(place.glob(file_of(cell, "*"))) for place in _places(folders))
+
+
+def _places(folders: Iterable[Path]) -> list[Path]:
+    return [place for folder in folders for place in (folder, *(folder / folder_of(suite) for suite in SUITES))]
+
+
+def home() -> Path:
+    """Where cells are kept that do not ship."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt" / "eval"
 
 
 def writable(folder: Path) -> bool:
     """Whether records can be written into a folder, which need not exist yet."""
-    import os
-
     while not folder.exists():
         folder = folder.parent
     return os.access(folder, os.W_OK)

@@ -68,12 +68,15 @@ def _suite_parsers(commands: Any) -> None:
     run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     run.add_argument("--no-timing", action="store_true", help="leave out ms a step and speed-ups in time")
     tune.add_argument("--dry-run", action="store_true", help="print what it costs and do nothing")
+    tune.add_argument(
+        "--ship", action="store_true", help="write into the package's own cache, for those who release it"
+    )
     for one in (run, tune):
         one.add_argument("--suite", default="mini", help=f"one of: {', '.join(SUITES)} (default: %(default)s)")
         one.add_argument("--only", default="", metavar="P,Q", help="problems of the suite")
         one.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 … N-1 (default: %(default)s)")
         one.add_argument("--trials", type=int, choices=(1, 10, 100), help="random search instead of the grid")
-        one.add_argument("--cache", type=Path, metavar="DIR", help="of tuned cells (default: inside the package)")
+        one.add_argument("--cache", type=Path, metavar="DIR", help="of tuned cells (default: ~/.cache/lopt/eval)")
     report = commands.add_parser(
         "report", help="the report of one or more runs", description="Write the report of one or more runs of a suite."
     )
@@ -129,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+_AFTER = dict.fromkeys(("run", "tune"), "the same command resumes at the next cell")
+
+
 def _suite(args: argparse.Namespace) -> int:
     """run, tune, report or sweep; the exit code."""
     try:
@@ -142,7 +148,7 @@ def _suite(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as e:
         return fail(e)
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes at the next cell", file=sys.stderr)
+        print(f"interrupted: {_AFTER.get(args.command, 'nothing was kept')}", file=sys.stderr)
         return 130
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lopt.console import progress, span
 from meta_test import cells, session
-from meta_test.entrants import Entrant, resolve
+from meta_test.entrants import Entrant, met, resolve
 from meta_test.suites import DEFAULT_BASELINES, SUITES, Problem
 
 
@@ -47,10 +47,13 @@ def problems(args: argparse.Namespace) -> list[Problem]:
 
 
 def cache_of(args: argparse.Namespace) -> Path:
-    """Where tuned cells are written: --cache, or inside the package if that can be written to."""
-    if args.cache is None and not cells.writable(cells.SHIPPED):
-        raise ValueError(f"lopt-eval: {cells.SHIPPED} cannot be written to; valid: --cache DIR.")
-    return (args.cache or cells.SHIPPED) / cells.folder_of(args.suite)
+    """Where tuned cells are written: --cache, with --ship inside the package, else in the user's folder of caches."""
+    if getattr(args, "ship", False) and args.cache:
+        raise ValueError("lopt-eval: --ship, got --cache too; valid: one of them.")
+    folder = args.cache or (cells.SHIPPED if getattr(args, "ship", False) else cells.home())
+    if not cells.writable(folder):
+        raise ValueError(f"lopt-eval: {folder} cannot be written to; valid: --cache DIR.")
+    return folder / cells.folder_of(args.suite)
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -60,7 +63,8 @@ def tune(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(estimate(todo))
         return 0
-    store = session.Store(folder, folder, (folder, *([args.cache] if args.cache else []), cells.SHIPPED))
+    store = session.Store(None, folder, (folder, *([args.cache] if args.cache else []), cells.SHIPPED))
+    _warn_of_seeds(todo, store, args.seeds)
     counts = _fill(f"tune {args.suite}", todo, store, args.seeds)
     print(f"{_counted(counts)}; records in {folder}")
     return 0
@@ -81,7 +85,7 @@ def estimate(todo: Sequence[session.Job]) -> str:
         [
             *lines,
             f"{len(todo)} cells, {span(total)} of one core of the reference machine, {span(total / 2)} on two; "
-            f"here are {cores}. As if every update cost AdamW's, without extensions of the grid, nothing cached.",
+            f"here are {cores}. Compiling included; without extensions of the grid, nothing cached.",
         ]
     )
 
@@ -105,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     folder, began = cache_of(args), time.monotonic()
     own = args.out / standings.CELLS
     store = session.Store(own, folder, (own, *([args.cache] if args.cache else []), folder, cells.SHIPPED))
+    _warn_of_seeds(todo, store, args.seeds)
     used: list[str] = []
     counts = _fill(f"run {args.suite}", todo, store, args.seeds, used)
     timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
@@ -119,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         "problems": {problem.name: problem._asdict() for problem in chosen},
         "cells": sorted(used),
         "counts": counts,
+        "met": {entrant.name: met(entrant) for entrant in wanted},
     }
     cells.write(args.out, standings.ABOUT, about)
     cells.write(args.out, standings.TIMING, {"timing": timing})
@@ -147,8 +153,21 @@ def write_report(folders: Sequence[Path], out: Path, seeds: int | None) -> int:
     return 0
 
 
+def _warn_of_seeds(todo: Sequence[session.Job], store: session.Store, seeds: int) -> None:
+    """Tuned records are of SEEDS seeds; who asks for more tunes anew, which is dear."""
+    if seeds <= session.SEEDS:
+        return
+    lost = [job for job in todo if job.entrant.tuned and cells.of_other_keys(store.folders, job.cell)]
+    if lost:
+        session.warn(
+            f"--seeds {seeds}: of {len(lost)} cells there are records, but of {session.SEEDS} seeds or other versions: "
+            f"what is not there yet of {seeds} seeds is tuned anew, up to {span(session.seconds(lost))} of one core of "
+            f"the reference machine. --seeds {session.SEEDS} takes what is there."
+        )
+
+
 def _fill(what: str, todo: Sequence[session.Job], store: session.Store, seeds: int, used: Any = None) -> dict[str, int]:
-    total = max(int(sum(map(session.job_seconds, todo))), 1)
+    total = max(int(session.seconds(todo)), 1)
     done = 0.0
     with progress(what, total) as report:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Entrant(NamedTuple):
     space: Mapping[str, Any] = {}
     schedules: tuple[str, ...] = SCHEDULES
     deterministic_only: bool = False
+    known: bool = True  # all of its code is ours
+    artifact: str = ""  # that a learned one was read from
 
     @property
     def tuned(self) -> bool:
@@ -90,7 +93,32 @@ def _learned(source: str, name: str) -> Entrant:
     def make(theta: Any, *, num_steps: Any, cosine: Any) -> Any:
         return rule.bind(theta, num_steps=num_steps)
 
-    return Entrant(name, Contender(name, make, theta, rule.needs - {"value", "num_steps"}), digest)
+    contender = Contender(name, make, theta, rule.needs - {"value", "num_steps"})
+    return Entrant(name, contender, digest, artifact=source)
+
+
+def met(entrant: Entrant) -> dict[str, list[str]] | None:
+    """Families and data that an optimizer was meta-trained or chosen on, none for a baseline of ours.
+
+    None where that is not known: code of a user's own, an artifact whose provenance does not say, whose weights came
+    from another run, or which met families or data that are not ours.
+    """
+    if not entrant.artifact:
+        return {"families": [], "data": []} if entrant.known else None
+    families, data = set(), set()
+    try:
+        run = json.loads((find(entrant.artifact) / CONFIG).read_text())["provenance"]["run"]
+        if run.get("init_from") or not run["groups"]:
+            return None
+        for group in [*run["groups"], *(run.get("validation") or {}).get("tasks", ())]:
+            made = tasks.make(group["family"], **group.get("settings", {}))
+            if made.family not in tasks.REGISTRY:
+                return None
+            families.add(made.family)
+            data |= {one.id for one in made.provenance}
+    except (ImportError, KeyError, OSError, TypeError, ValueError):  # as other versions wrote it, or data not here
+        return None
+    return {"families": sorted(families), "data": sorted(data)}
 
 
 def of_baseline(baseline: Baseline) -> Entrant:
@@ -113,11 +141,21 @@ def _is_numeric(one: Any) -> bool:
 def _own(spec: str) -> Entrant:
     held, function = tasks.imported(spec, "lopt-eval")
     if isinstance(function, Baseline):
-        return of_baseline(function)._replace(name=spec, version=_digest(held))
+        return of_baseline(function)._replace(name=spec, version=_digest(held), known=False)
     if not callable(function):
         module, _, name = spec.partition(":")
         raise ValueError(f"lopt-eval: {spec}: {module} has no function {name!r}; valid: package.module:function.")
-    told = "num_steps" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters.values()
+    told = any(one.name == "num_steps" for one in parameters)
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        one.name for one in parameters if one.default is one.empty and one.kind not in kinds and one.name != "num_steps"
+    ]
+    if missing:
+        raise ValueError(
+            f"lopt-eval: {spec} wants {', '.join(missing)}; valid: a function without arguments or of num_steps alone. "
+            f"Wrap it in a file of yours: def mine(num_steps): return {spec.replace(':', '.')}({missing[0]}=…)."
+        )
 
     def make(shared: Any, *, num_steps: Any, cosine: Any) -> Any:
         tx = function(num_steps=num_steps) if told else function()
@@ -125,7 +163,7 @@ def _own(spec: str) -> Entrant:
             raise ValueError(f"lopt-eval: {spec} returned a {type(tx).__name__}; valid: an optax transform.")
         return tx
 
-    return Entrant(spec, Contender(spec, make), _digest(held))
+    return Entrant(spec, Contender(spec, make), _digest(held), known=False)
 
 
 def _digest(module: Any) -> str:

@@ -7,16 +7,16 @@ import hashlib
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from meta_test import drawing, metrics, standings
 from meta_test.session import REFERENCE
-from meta_test.standings import ONE, TEN, TUNED, Board, Score, Total
+from meta_test.standings import Board, Score, Total
 
-FILES = ("report.html", "report.md", "results.csv", "summary.csv")
+FILES = ("report.html", "report.md", "results.csv", "summary.csv", "budgets.csv")
 MOST = 6  # curves drawn in full
 RATIOS = np.geomspace(1, 32, 101)
 
@@ -56,6 +56,15 @@ def times(value: float, interval: tuple[float, float] | None = None) -> Cell:
     return Cell(f"{value:.2f}×{span}", value)
 
 
+def share(value: float, interval: tuple[float, float]) -> Cell:
+    """A win rate."""
+    return Cell(f"{100 * value:.0f} % [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]", value)
+
+
+def rank(value: float, interval: tuple[float, float]) -> Cell:
+    return Cell(f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]" if value > 0 else "–", value)
+
+
 def spread(values: np.ndarray, *, percent: bool = False) -> Cell:
     """Mean ± standard deviation over seeds."""
     bad = int((~np.isfinite(values)).sum())
@@ -77,7 +86,7 @@ def hit(steps: int | None, speed: float) -> Cell:
 def highlighted(board: Board, totals: Sequence[Total]) -> list[str]:
     """Drawn in full: the reference, what was run untuned, and the best of the others; MOST in all."""
     untuned = {row.label for rows in board.rows.values() for row in rows.values() if row.budget == "untuned"}
-    ordered = sorted(totals, key=lambda t: (t.label != REFERENCE, t.label not in untuned, t.rank, t.label))
+    ordered = sorted(totals, key=lambda t: (t.label != REFERENCE, t.label not in untuned, *_by_rank(t)))
     return [total.label for total in ordered[:MOST]]
 
 
@@ -86,30 +95,44 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     labels = board.labels()
     if not totals:
         missing = f"No problem has a tuned {REFERENCE} that ended, so that there is nothing to measure against."
+        if any(board.scores.values()):
+            missing = "There is no problem on which all optimizers were run. " + not_run(board)
         return [Section("Nothing to compare", [missing]), *(_problem(board, p.name, []) for p in board.problems)]
     shown = highlighted(board, totals)
-    difference = metrics.critical_difference(len(totals), len(board.problems))
-    parts = [label for p in board.problems for label in board.scores[p.name] if label.startswith(f"{REFERENCE}, T/")]
-    void = {"rank": math.nan, "rank_interval": (math.nan, math.nan)}  # ranks are among full rows
-    controls = [t._replace(**void) for t in standings.totals(board, [REFERENCE, *dict.fromkeys(parts)])]
+    names = board.common(labels)
+    in_ranks = [t for t in totals if not math.isnan(t.rank)]
+    difference = metrics.critical_difference(len(in_ranks), len(names))
+    every = {label for name in names for label in board.scores[name] if label.startswith(f"{REFERENCE}, T/")}
+    parts = sorted(label for label in every if all(label in board.rows[name] for name in names))
+    controls = standings.totals(board, [REFERENCE, *parts], names)
     out = [
         Section(
             "Over all tasks",
             [
-                f"{len(board.problems)} of the suite's {board.abouts[0]['suite_size']} tasks.",
+                f"{len(names)} of the suite's {board.abouts[0]['suite_size']} tasks. {not_run(board)}{history(board)}",
                 f"Speed-up: steps in which the tuned {REFERENCE} reaches its best smoothed loss, over the steps that "
                 "another optimizer takes to reach that loss; 0 if it never does. Tuned means at a cost of dozens of "
                 f"runs; untuned rows took one. {REFERENCE} tuned for T/2 and T/3 shows what a shorter schedule alone "
-                "earns. "
+                "earns; “once” is one setting for all tasks, chosen on these very tasks: what one setting can reach, "
+                "not what a user would have. "
                 "Intervals are of 95 % over seeds on these tasks. Click on a column to sort.",
             ],
-            tables=[_totals([*sorted(totals, key=lambda t: t.rank), *controls[1:]])],
+            tables=[_totals([*sorted(totals, key=_by_rank), *controls[1:]])],
         ),
-        Section("Speed-up", [], [drawing.bars([*totals, *controls[1:]])], [_budgets(board)]),
+        Section("Speed-up", [], [drawing.bars([*totals, *controls[1:]])]),
+        Section(
+            "Budgets of tuning",
+            [
+                "What the defaults (1 trial), ten points drawn from the grid (10 trials) and the whole grid reach, by "
+                f"validation loss. Wins are over the fully tuned {REFERENCE}, ranks among those of the same budget. "
+                "Ten of a large grid are a smaller share of it than ten of a small one: the points say of how many."
+            ],
+            tables=[_budgets(board)],
+        ),
         Section(
             "Performance profile",
             [
-                f"Share of the {len(board.problems)} tasks on which an optimizer reaches the tuned {REFERENCE}'s best "
+                f"Share of the {len(names)} tasks on which an optimizer reaches the tuned {REFERENCE}'s best "
                 "validation loss in at most τ times the steps of the fastest one (Dolan and Moré). Grey: the others."
             ],
             [drawing.profiles(labels, RATIOS, standings.profile(board, labels, RATIOS), shown)],
@@ -118,18 +141,69 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
             "Ranks",
             [
                 "By final validation loss on each task and seed. Mean ranks that differ by less than the critical "
-                "difference (Nemenyi, 5 %) are not told apart by so few tasks."
+                "difference (Nemenyi, 5 %) are not told apart by so few tasks. An optimizer takes part once: rows "
+                "“once” are left out."
             ],
-            [drawing.rank_plot(totals, difference)],
+            [drawing.rank_plot(in_ranks, difference)],
         ),
     ]
     return out + [_problem(board, problem.name, shown) for problem in board.problems]
 
 
+def _by_rank(total: Total) -> Any:
+    return math.isnan(total.rank), total.rank, total.label
+
+
+def not_run(board: Board) -> str:
+    """Which optimizers were not run on which problems, if there are any; totals are over the others."""
+    labels, out = board.labels(), []
+    for label in labels:
+        without = [p.name for p in board.problems if label not in board.rows[p.name]]
+        if without:
+            out.append(f"{label} on {', '.join(without)}")
+    skipped = {row.label for rows in board.rows.values() for row in rows.values() if row.status == "skipped"}
+    words = f"What follows is over the tasks on which all were run; not run: {'; '.join(out)}. " if out else ""
+    if skipped:
+        words += f"Not in the totals, since undefined on minibatches: {', '.join(sorted(skipped))}. "
+    return words
+
+
+def _met(board: Board) -> dict[str, Any]:
+    """Optimizer of a row -> families and data of its meta-training; None where not known."""
+    said = {name: met for about in board.abouts for name, met in about.get("met", {}).items()}
+    rows = [row for rows in board.rows.values() for row in rows.values() if row.budget == "untuned"]
+    return {row.optimizer: said.get(row.optimizer.split(" (")[0]) for row in rows}
+
+
+def history(board: Board) -> str:
+    """Of which optimizers it is known that what is said to be never met was not."""
+    met = _met(board)
+    known, unknown = [name for name, one in met.items() if one], [name for name, one in met.items() if not one]
+    words = f"What tasks say of data and families “never met” was checked for {', '.join(known)}. " if known else ""
+    if unknown:
+        words += f"It is not known, and may be wrong, for {', '.join(unknown)}. "
+    return words
+
+
+def _overlaps(board: Board, problem: Any) -> list[str]:
+    """Who met the problem's data or family in meta-training."""
+    out = []
+    sources = {source for row in board.rows[problem.name].values() for source in row.sources}
+    for name, met in _met(board).items():
+        shared = sorted(sources & set(met["data"])) if met else []
+        if met and problem.family in met["families"] and "family" in problem.note:
+            shared.append(f"the family {problem.family}")
+        if shared:
+            out.append(f"{name} has met {' and '.join(shared)} in meta-training.")
+    return out
+
+
 def _totals(totals: Sequence[Total]) -> Table:
     header = (
-        "optimizer", "speed-up, validation (IQM)", "median", "speed-up, training (IQM)", "in time (IQM)", "win rate",
-        "mean rank", "diverged", "failed", "ms a step / AdamW", "state, bytes a parameter",
+        "optimizer", "speed-up, validation (IQM)", "median", "speed-up, training (IQM)",
+        "in time, validation (IQM)", "win rate, validation", "mean rank, validation", "win rate, test",
+        "mean rank, test", "diverged", "crashed, tasks", "not run, tasks", "ms a step / AdamW",
+        "state, bytes a parameter",
     )  # fmt: skip
     rows = [
         (
@@ -137,11 +211,14 @@ def _totals(totals: Sequence[Total]) -> Table:
             times(t.iqm["validation"], t.interval["validation"]),
             times(t.median["validation"], t.median_interval["validation"]),
             times(t.iqm["train"], t.interval["train"]),
-            times(t.wall),
-            Cell(f"{100 * t.win:.0f} % [{100 * t.win_interval[0]:.0f}, {100 * t.win_interval[1]:.0f}]", t.win),
-            Cell(f"{t.rank:.1f} [{t.rank_interval[0]:.1f}, {t.rank_interval[1]:.1f}]" if t.rank > 0 else "–", t.rank),
-            Cell(f"{100 * t.diverged:.0f} %", t.diverged),
+            times(t.wall, t.wall_interval),
+            share(t.win, t.win_interval),
+            rank(t.rank, t.rank_interval),
+            share(t.test_win, t.test_win_interval),
+            rank(t.test_rank, t.test_rank_interval),
+            Cell(f"{100 * t.diverged:.0f} %" if math.isfinite(t.diverged) else "–", t.diverged),
             Cell(str(t.failed), t.failed),
+            Cell(str(t.missing), t.missing),
             number(t.relative_ms),
             number(t.state_bytes),
         )
@@ -151,11 +228,24 @@ def _totals(totals: Sequence[Total]) -> Table:
 
 
 def _budgets(board: Board) -> Table:
-    found = standings.budgets(board)
+    header = (
+        "optimizer", "budget", "points", "speed-up (IQM)", "median", "win rate", "mean rank", "win rate, test",
+        "mean rank, test",
+    )  # fmt: skip
     rows = [
-        (Cell(name), *(times(one.get(budget, math.nan)) for budget in (ONE, TEN, TUNED))) for name, one in found.items()
+        (
+            Cell(one.optimizer),
+            Cell(one.budget),
+            Cell(one.points),
+            times(one.total.iqm["validation"], one.total.interval["validation"]),
+            times(one.total.median["validation"], one.total.median_interval["validation"]),
+            share(one.total.win, one.total.win_interval),
+            rank(one.total.rank, one.total.rank_interval),
+            share(one.total.test_win, one.total.test_win_interval),
+            rank(one.total.test_rank, one.total.test_rank_interval),
+        )
+        for one in standings.budgets(board)
     ]
-    header = ("IQM of the validation speed-up", "1 trial (defaults)", "10 trials", "fully tuned")
     return Table(header, rows)
 
 
@@ -166,7 +256,7 @@ def _problem(board: Board, name: str, shown: Sequence[str]) -> Section:
     header = [
         "optimizer", "final validation loss", "best", "final training loss", "best", "test loss",
         *(f"test {metric}" for metric in measured), "speed-up, validation", "speed-up, training", "in time, validation",
-        "diverged", "ms a step", "state, bytes", "chosen for validation",
+        "diverged", "ms a step", "state, bytes", "chosen for validation", "chosen for training",
     ]  # fmt: skip
     lines = []
     for row in rows.values():
@@ -194,20 +284,28 @@ def _problem(board: Board, name: str, shown: Sequence[str]) -> Section:
                 Cell(f"{100 * score.diverged:.0f} %", score.diverged),
                 number(timing.get("ms", math.nan)),
                 Cell(f"{timing['state_bytes']:,}", timing["state_bytes"]) if timing else Cell("–"),
-                Cell(_chosen(row)),
+                Cell(_chosen(row, "validation")),
+                Cell(_chosen(row, "train")),
             ]
         )
     lines.sort(key=lambda line: (math.inf if math.isnan(line[1].value) else line[1].value, line[0].text))
     figures = [drawing.curves(board, name, found, shown)] if shown else []
-    return Section(f"{name}: {problem.describe()}", [f"{problem.note}."], figures, [Table(header, lines)])
+    return Section(
+        f"{name}: {problem.describe()}",
+        [" ".join([f"{problem.note}.", *_overlaps(board, problem)])],
+        figures,
+        [Table(header, lines)],
+    )
 
 
-def _chosen(row: standings.Row) -> str:
+def _chosen(row: standings.Row, split: str) -> str:
     if not row.chosen:
         return "untuned"
-    point = row.chosen["validation"]
-    words = [f"{key} {value:.3g}" for key, value in point["hyper"].items()]
-    return ", ".join([*words, point["schedule"]]) + (" (at the edge of the grid)" if row.edge.get("validation") else "")
+    point, edges = row.chosen[split], row.edge.get(split, ())
+    words = [
+        f"{key} {value:.3g}{' (at the edge of the grid)' * (key in edges)}" for key, value in point["hyper"].items()
+    ]
+    return ", ".join([*words, point["schedule"]])
 
 
 def environment(board: Board) -> list[tuple[str, str]]:
@@ -221,8 +319,14 @@ def environment(board: Board) -> list[tuple[str, str]]:
             ("suite, seeds", f"{about['suite']}, {about['seeds']}"),
             ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}"),
             ("versions", f"Python {machine['python']}, JAX {machine['jax']}, optax {machine['optax']}"),
+            ("lopt", f"{machine.get('lopt', 'unknown')}, commit {machine.get('commit') or 'unknown'}"),
             ("records", f"{len(about['cells'])}, sha256 of their keys {digest(about['cells'])}"),
         ]
+    for name, met in _met(board).items():
+        words = "meta-trained on: unknown"
+        if met:
+            words = f"meta-trained on: {', '.join(met['families'])}; data: {', '.join(met['data']) or 'none'}"
+        out.append((name, words))
     return out
 
 
@@ -363,19 +467,21 @@ def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, 
     final = score.final[split]
     values: list[Any] = [final.mean(), final.std(ddof=1) if len(final) > 1 and np.isfinite(final).all() else math.nan]
     values += [score.best[split].mean(), score.hit[split], score.speed_up[split], score.wall[split], score.diverged]
-    values += [row.test[name].mean() if name in row.test else math.nan for name in ("loss", "accuracy")]
+    # The test set was looked at with what was chosen on validation loss.
+    same = row.chosen.get(split) == row.chosen.get("validation")
+    values += [row.test[name].mean() if name in row.test and same else math.nan for name in ("loss", "accuracy")]
     chosen = row.chosen.get(split)
     texts = [f"{k}={v:.6g}" for k, v in chosen["hyper"].items()] + [chosen["schedule"]] if chosen else []
     numbers = ["" if v is None or not math.isfinite(v) else f"{v:.6g}" for v in values]
     return [row.status, *numbers, timing.get("ms", ""), timing.get("state_bytes", ""), " ".join(texts)]
 
 
-def summary_csv(totals: Sequence[Total]) -> str:
-    """One line an optimizer."""
+def summary_csv(totals: Sequence[Total], before: Sequence[Mapping[str, Any]] = ()) -> str:
+    """One line an optimizer; `before` are further columns of each."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for at, total in enumerate(totals):
-        flat: dict[str, Any] = {}
+        flat: dict[str, Any] = dict(before[at]) if before else {}
         for key, value in total._asdict().items():
             parts = value.items() if isinstance(value, dict) else [("", value)]
             for name, one in parts:
@@ -396,10 +502,12 @@ def files(board: Board, totals: Sequence[Total]) -> dict[str, str]:
     """The report's files by name; totals are those of all labels."""
     title = f"Optimizers on {board.abouts[0]['suite']}"
     parts, about = sections(board, totals), environment(board)
+    found, keys = standings.budgets(board), ("optimizer", "budget", "points")
     contents = (
         as_html(title, parts, about),
         as_markdown(title, parts, about),
         results_csv(board),
         summary_csv(totals),
+        summary_csv([one.total for one in found], [dict(zip(keys, one[:3], strict=True)) for one in found]),
     )
     return dict(zip(FILES, contents, strict=True))

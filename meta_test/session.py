@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 import tasks
+from lopt.console import compiler_options
 from meta_test import cells, tuning
 from meta_test.cells import Cell
 from meta_test.entrants import Entrant
 from meta_test.runs import Particle, begin, step
-from meta_test.suites import Problem
+from meta_test.suites import RELATIVE_MS, Problem
 from tasks.base import Task
 
 REFERENCE = "adamw"  # targets are its best losses; also tuned for shorter horizons
@@ -41,8 +42,8 @@ class Job(NamedTuple):
 class Store(NamedTuple):
     """Where records are found and written."""
 
-    own: Path  # of what is not tuned, and copies of all that were used; or the cache itself
-    cache: Path  # of tuned cells that are computed
+    own: Path | None  # of what is not tuned, of what crashed, and copies of all that were used; None to fill a cache
+    cache: Path  # of tuned cells that are computed; of all without `own`
     folders: tuple[Path, ...]  # that are searched
 
 
@@ -93,7 +94,7 @@ def fill(
     counts = {"kept": 0, "computed": 0, "failed": 0}
     benches: dict[tuple[str, str], tuning.Bench] = {}
     made: dict[str, Task] = {}
-    for job in todo:
+    for job, cost in zip(todo, costs(todo), strict=True):
         name = job.cell.problem.name
         if name not in made:
             benches.clear()  # compiled programs of other problems are not needed again, but for "once"
@@ -106,8 +107,9 @@ def fill(
         key = cells.key_of(inputs)
         path = cells.find(store.folders, job.cell, key)
         if path:
-            record = cells.read(path)
             counts["kept"] += 1
+            if not job.entrant.known:  # a key sees the file that is named, not what that imports
+                say(f"{name}, {job.cell.label}: found in {path}; to run it again remove it")
         else:
             pair = name, job.entrant.name
             if pair not in benches:
@@ -115,16 +117,21 @@ def fill(
             benches[pair].tick = partial(_tick, job, tell)
             record = _compute(benches[pair], job, inputs, kept, point)
             counts["computed"] += 1
-            path = cells.write(store.cache if job.entrant.tuned else store.own, cells.file_of(job.cell, key), record)
-        if record["status"] != "done":
-            counts["failed"] += 1
-            say(f"{name}, {job.cell.label}: {record['status']}: {record.get('error', '')}")
-        if used is not None:
+            if record["status"] != "done":
+                counts["failed"] += 1
+                say(f"{name}, {job.cell.label}: {record['status']}: {record.get('error', '')}")
+            # A crash is told in the report of this run, and belongs into no cache.
+            folder = store.own
+            if record["status"] == "done" and (job.entrant.tuned or store.own is None):
+                folder = store.cache
+            if folder is not None:
+                path = cells.write(folder, cells.file_of(job.cell, key), record)
+        if path and used is not None:
             used.append(path.name)
-        if path.parent != store.own:
+        if path and store.own is not None and path.parent != store.own:
             store.own.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, store.own / path.name)
-        tell(job_seconds(job), f"{name}, {job.cell.label}")
+        tell(cost, f"{name}, {job.cell.label}")
     return counts
 
 
@@ -140,7 +147,7 @@ def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any)
         "cell": [cell.problem.name, cell.optimizer, cell.search, cell.part],
         "jax": jax.__version__,
     }
-    if job.entrant.deterministic_only:
+    if job.entrant.deterministic_only and not bench.task.deterministic:
         return record | {"status": "skipped", "error": "needs a loss without minibatches"}
     try:
         return record | tuning.tune(bench, cell, seeds, point)
@@ -156,10 +163,8 @@ def once(job: Job, todo: Iterable[Job], store: Store, seeds: int) -> tuning.Poin
             continue
         task = tasks.make(other.cell.problem.family, **other.cell.problem.settings)
         key = cells.key_of(tuning.inputs(other.cell, other.entrant, task, seeds, None))
-        path = cells.find((store.own,), other.cell, key)
-        record = cells.read(path) if path else {"status": "missing"}
-        if record["status"] == "done":
-            finals.append(cells.array(record["finals"]["validation"])[: len(points), 0])
+        if path := cells.find((*([store.own] if store.own else []), *store.folders), other.cell, key):
+            finals.append(cells.array(cells.read(path)["finals"]["validation"])[: len(points), 0])
     return least_mean_rank(points, np.stack(finals)) if finals else points[0]
 
 
@@ -172,19 +177,29 @@ def least_mean_rank(points: Sequence[tuning.Point], finals: np.ndarray) -> tunin
 
 # Cost.
 
-# A compiled program of the sizes in the suites; an optimizer's update relative to AdamW's step of the whole task.
+# A compiled program of the sizes in the suites.
 COMPILE_SECONDS = 8.0
 
 
-def job_seconds(job: Job) -> float:
-    """What a cell takes on one core of the reference machine, its compilation left out."""
-    return job.updates * job.cell.problem.ms * 1e-3
+def costs(todo: Sequence[Job]) -> list[float]:
+    """Seconds each cell takes on one core of the reference machine, in the order in which `fill` goes through them.
+
+    The first of an optimizer on a problem compiles; programs of other problems are not kept.
+    """
+    out, problem, compiled = [], "", set()
+    for job in todo:
+        if job.cell.problem.name != problem:
+            problem, compiled = job.cell.problem.name, set()
+        new = job.entrant.name not in compiled
+        compiled.add(job.entrant.name)
+        step = job.cell.problem.ms * RELATIVE_MS.get(job.entrant.name, 1.0)
+        out.append(job.updates * step * 1e-3 + COMPILE_SECONDS * new)
+    return out
 
 
 def seconds(todo: Sequence[Job]) -> float:
     """What cells take on one core of the reference machine."""
-    programs = {(job.cell.problem.name, job.entrant.name) for job in todo}
-    return sum(map(job_seconds, todo)) + COMPILE_SECONDS * len(programs)
+    return sum(costs(todo))
 
 
 # Time of an update.
@@ -204,11 +219,11 @@ def measure(entrant: Entrant, task: Task, num_steps: int) -> Timing:
     hyper |= {"num_steps": np.int32(num_steps), "cosine": np.bool_(False)}
     contender = entrant.contender
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def start(shared: Any, hyper: Any) -> Particle:
         return begin(task, contender.make, shared, hyper, jax.numpy.int32(0))
 
-    @partial(jax.jit, donate_argnums=5)
+    @partial(jax.jit, donate_argnums=5, compiler_options=compiler_options())  # those of the runs
     def loop(data: Any, shared: Any, hyper: Any, t: Any, stop: Any, run: Particle) -> Particle:
         one = partial(step, task, contender, data, shared, hyper, jax.numpy.int32(0))
         return jax.lax.fori_loop(t, stop, one, run)
@@ -244,6 +259,8 @@ def timings(problems: Sequence[Problem], entrants: Sequence[Entrant], say: Calla
         task, out[problem.name] = tasks.make(problem.family, **problem.settings), {}
         say(f"timing {problem.name}: {len(entrants)} optimizers")
         for entrant in entrants:
+            if entrant.deterministic_only and not task.deterministic:
+                continue
             try:
                 out[problem.name][entrant.name] = measure(entrant, task, problem.num_steps)._asdict()
             except Exception as error:  # it has failed in its cell too, where it is recorded

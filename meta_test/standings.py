@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from meta_test.cells import Cell
 from meta_test.runs import CURVES
 from meta_test.session import REFERENCE
 from meta_test.suites import Problem
+from meta_test.tuning import LRS, TRIALS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 CELLS, ABOUT, TIMING = "cells", "run.json", "timing.json"
 TUNED, TEN, ONE = "tuned", "10 trials", "1 trial"  # budgets of a baseline
+BUDGETS = (ONE, TEN, TUNED)
 
 
 class Row(NamedTuple):
@@ -37,7 +40,9 @@ class Row(NamedTuple):
     losses: Mapping[str, Float[np.ndarray, "S E"]] = {}  # NaN where not finite
     test: Mapping[str, Float[np.ndarray, " S"]] = {}
     chosen: Mapping[str, Any] = {}
-    edge: Mapping[str, bool] = {}
+    edge: Mapping[str, Sequence[str]] = {}  # split -> hyper-parameters chosen at an end of what was tried
+    grid: int = 0  # points of its grid, without extensions
+    sources: Sequence[str] = ()  # ids of its problem's data
 
 
 class Board(NamedTuple):
@@ -51,13 +56,23 @@ class Board(NamedTuple):
 
     def labels(self) -> list[str]:
         """Full rows (neither T/2 nor a small budget), the reference first, learned rules next, then by name."""
-        found = {r.label: r for rows in self.rows.values() for r in rows.values() if r.part == 1}
-        main = [row for row in found.values() if row.budget not in (TEN, ONE) and row.status != "skipped"]
+        every = [r for rows in self.rows.values() for r in rows.values() if r.part == 1]
+        skipped = {row.label for row in every if row.status == "skipped"}  # on one problem: it is not of all of them
+        found = {row.label: row for row in every}
+        main = [row for row in found.values() if row.budget not in (TEN, ONE) and row.label not in skipped]
 
         def order(row: Row) -> Any:
             return row.label != REFERENCE, row.budget != "untuned", row.label
 
         return [row.label for row in sorted(main, key=order)]
+
+    def common(self, labels: Sequence[str]) -> list[str]:
+        """Problems with a reference on which all these rows were run, or crashed."""
+        return [
+            problem.name
+            for problem in self.problems
+            if self.scores[problem.name] and all(label in self.rows[problem.name] for label in labels)
+        ]
 
 
 class Score(NamedTuple):
@@ -69,11 +84,13 @@ class Score(NamedTuple):
     speed_up: dict[Split, float]
     paired: dict[Split, Float[np.ndarray, " S"]]  # speed-up on each seed
     wall: dict[Split, float]  # speed-up in time, NaN without timings
+    paired_wall: dict[Split, Float[np.ndarray, " S"]]  # the same on each seed
+    test: Float[np.ndarray, " S"]  # loss at the end
     diverged: float  # share of seeds
 
 
 class Total(NamedTuple):
-    """An optimizer over all problems; intervals of 95 %."""
+    """An optimizer over the problems on which all of a table were run; intervals of 95 %."""
 
     label: str
     iqm: dict[Split, float]
@@ -81,12 +98,18 @@ class Total(NamedTuple):
     median: dict[Split, float]
     median_interval: dict[Split, tuple[float, float]]
     wall: float  # IQM of the speed-up in time, validation
+    wall_interval: tuple[float, float]
     win: float  # share of problems and seeds with a lower final validation loss than the reference
     win_interval: tuple[float, float]
-    rank: float
+    rank: float  # among the table's by final validation loss; NaN for a second row of an optimizer (once)
     rank_interval: tuple[float, float]
-    diverged: float
-    failed: int  # problems it crashed on or was not run on
+    test_win: float  # as win, by the test loss at the end
+    test_win_interval: tuple[float, float]
+    test_rank: float
+    test_rank_interval: tuple[float, float]
+    diverged: float  # share of seeds with a loss that was not finite; crashes apart
+    failed: int  # problems it crashed on
+    missing: int  # problems of the board it was not run on
     relative_ms: float  # geometric mean over problems of its time a step over the reference's
     state_bytes: float  # a parameter, mean over problems
 
@@ -99,6 +122,7 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
     Raises ValueError for a folder that is no run, and for runs of different suites.
     """
     abouts, rows, timing, problems = [], {}, {}, {}
+    names = suffixes(folders)
     for folder in folders:
         if not (folder / ABOUT).is_file():
             raise ValueError(f"lopt-eval report: {folder} holds no {ABOUT}; valid: folders made by `lopt-eval run`.")
@@ -110,24 +134,43 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
                 "runs of one version of one suite."
             )
     kept = min([*([seeds] if seeds else []), *(about["seeds"] for about in abouts)])
-    for folder, about in zip(folders, abouts, strict=True):
+    for folder, about, suffix in zip(folders, abouts, names, strict=True):
         problems |= {name: Problem(**fields) for name, fields in about["problems"].items()}
-        records = {key: cells.read(folder / CELLS / key) for key in about["cells"] if (folder / CELLS / key).is_file()}
-        for record in records.values():
-            for row in rows_of(record, problems, kept):
-                held = rows.setdefault(record["cell"][0], {})
-                if row.label in held and not _same(held[row.label], row):
-                    row = row._replace(label=f"{row.label} ({folder.name})")
-                held[row.label] = row
+        records = [cells.read(folder / CELLS / key) for key in about["cells"] if (folder / CELLS / key).is_file()]
+        new = [(record["cell"][0], row) for record in records for row in rows_of(record, problems, kept)]
+        # What differs on one problem goes by another name on all of them, and so does its timing.
+        other = {
+            row.optimizer: f"{row.optimizer} ({suffix})"
+            for problem, row in new
+            if row.label in rows.get(problem, {}) and not _same(rows[problem][row.label], row)
+        }
+        for problem, row in new:
+            if row.optimizer in other:
+                row = row._replace(label=f"{row.label} ({suffix})", optimizer=other[row.optimizer])
+            rows.setdefault(problem, {})[row.label] = row
         if (folder / TIMING).is_file():
             for problem, found in json.loads((folder / TIMING).read_text())["timing"].items():
                 # The first folder's reference stays the reference: a later session's times are scaled to it.
                 held = timing.setdefault(problem, {})
                 scale = held[REFERENCE]["ms"] / found[REFERENCE]["ms"] if {REFERENCE} <= {*held} & {*found} else 1.0
                 for name, one in found.items():
-                    held.setdefault(name, {**one, "ms": one["ms"] * scale})
+                    held.setdefault(other.get(name, name), {**one, "ms": one["ms"] * scale})
     found = {name: scores(held, timing.get(name, {})) for name, held in rows.items()}
     return Board([p for name, p in problems.items() if name in rows], rows, timing, abouts, found)
+
+
+def suffixes(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    >>> suffixes([Path("/a/x/run"), Path("/a/y/run"), Path("/b/z")])
+    ['x/run', 'y/run', 'b/z']
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        ends = ["/".join(one[-count:]) for one in parts]
+        if len(set(ends)) == len(set(parts)):
+            return ends
+    return [str(folder) for folder in folders]
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -142,8 +185,11 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
     label = Cell(problems[name], optimizer, search, part).label
     kind = {"grid": TUNED}.get(search, search)
     if record["status"] != "done":
-        return [Row(label, optimizer, kind, part, record["status"], record.get("error", ""))]
-    out = []
+        failed = Row(label, optimizer, kind, part, record["status"], record.get("error", ""))
+        small = (TEN, ONE) if search == "grid" and part == 1 else ()  # which it would have given too
+        return [failed, *(failed._replace(label=f"{label}, {budget}", budget=budget) for budget in small)]
+    out, edges = [], {split: ends(record, split) for split in CURVES}
+    given = record["inputs"]
     for budget, row in record["rows"].items():
         losses: dict[str, Any] = {split: cells.array(row["losses"][split])[:seeds] for split in CURVES}
         out.append(
@@ -157,10 +203,38 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
                 losses=losses,
                 test={key: cells.array(values)[:seeds] for key, values in row["test"].items()},
                 chosen=row["chosen"] if search != "untuned" else {},
-                edge=record.get("edge", {}) if not budget else {},
+                edge=edges if not budget else {},
+                grid=grid_size(given["grid"]) if search == "grid" and "grid" in given else 0,
+                sources=[source[0] for source in given.get("data", ())],
             )
         )
     return out
+
+
+def ends(record: Mapping[str, Any], split: str) -> list[str]:
+    """Hyper-parameters of what was chosen that lie at an end of what was tried, so that better ones may lie beyond.
+
+    Learning rates as the record says. Of the others both ends but 0, which is natural (no weight decay).
+    """
+    out = ["lr"] if record.get("edge", {}).get(split) else []
+    if record["cell"][2] != "grid":
+        return out
+    for name, value in record["rows"][""]["chosen"][split]["hyper"].items():
+        tried = {point["hyper"][name] for point in record.get("points", ())}
+        if name != "lr" and len(tried) > 1 and (value == max(tried) or value == min(tried) != 0):
+            out.append(name)
+    return out
+
+
+def grid_size(grid: Mapping[str, Any]) -> int:
+    """Points of a grid by a record's inputs: rates × schedules × choices.
+
+    >>> lr, decay = [1e-4, 0.1, True, 1e-3, None], [0, 0.1, False, 0, [0, 0.01, 0.1]]
+    >>> grid_size({"lr": lr, "weight_decay": decay, "schedules": ["constant", "cosine"]})
+    72
+    """
+    choices = [one[4] for name, one in grid.items() if name not in ("lr", "schedules") and one[4]]
+    return LRS * len(grid["schedules"]) * math.prod(map(len, choices))
 
 
 def scores(rows: Mapping[str, Row], timing: Mapping[str, Any]) -> dict[str, Score]:
@@ -181,16 +255,19 @@ def scores(rows: Mapping[str, Row], timing: Mapping[str, Any]) -> dict[str, Scor
         }
         speed = {split: metrics.speed_up(first[split], hit[split]) for split in CURVES}
         slower = _ms(timing, row.optimizer) / _ms(timing, REFERENCE)
+        paired = {
+            split: metrics.paired_speed_ups(row.steps, row.losses[split], reference.steps, reference.losses[split])
+            for split in CURVES
+        }
         out[row.label] = Score(
             final={split: metrics.final(row.losses[split]) for split in CURVES},
             best={split: metrics.smoothed(row.losses[split]).min(-1) for split in CURVES},
             hit=hit,
             speed_up=speed,
-            paired={
-                split: metrics.paired_speed_ups(row.steps, row.losses[split], reference.steps, reference.losses[split])
-                for split in CURVES
-            },
+            paired=paired,
             wall={split: speed[split] / slower for split in CURVES},
+            paired_wall={split: paired[split] / slower for split in CURVES},
+            test=row.test["loss"],
             diverged=metrics.divergence_rate(np.stack([row.losses[split] for split in CURVES]).max(0)),
         )
     return out
@@ -200,74 +277,120 @@ def _ms(timing: Mapping[str, Any], optimizer: str) -> float:
     return timing[optimizer]["ms"] if optimizer in timing else float("nan")
 
 
-def totals(board: Board, labels: Sequence[str]) -> list[Total]:
-    """Over the problems. A problem on which an optimizer crashed counts as never reached and as the worst loss."""
-    by_problem = board.scores
-    names = [name for name, found in by_problem.items() if found]
-    if not names:
+def totals(board: Board, labels: Sequence[str], names: Sequence[str] | None = None) -> list[Total]:
+    """Over the problems `names`: those on which all of `labels` were run, if not given.
+
+    A problem on which an optimizer crashed counts as never reached and as the worst loss. None without such a problem.
+    """
+    names = board.common(labels) if names is None else names
+    if not names or not labels:
         return []
-    seeds = min(len(found[REFERENCE].final["validation"]) for found in by_problem.values() if found)
+    seeds = min(len(board.scores[n][REFERENCE].final["validation"]) for n in names)
 
-    def stack(label: str, get: Any, missing: float) -> np.ndarray:
-        lost = np.full(seeds, missing)
-        return np.stack([get(by_problem[n][label])[:seeds] if label in by_problem[n] else lost for n in names])
+    def stack(label: str, get: Callable[[Score], Any], crashed: float) -> Float[np.ndarray, "T S"]:
+        found = (board.scores[n].get(label) for n in names)
+        return np.stack([np.full(seeds, crashed) if one is None else get(one)[:seeds] for one in found])
 
-    finals = {label: stack(label, lambda s: s.final["validation"], np.inf) for label in labels}
-    ranks = metrics.ranks(np.stack([finals[label] for label in labels]))  # [O, T, S]
-    out = []
-    for at, label in enumerate(labels):
-        speed: dict[Split, np.ndarray] = {}
-        for split in CURVES:
-            speed[split] = stack(label, lambda s, split=split: s.paired[split], 0.0)
-            void = np.isnan(np.stack([by_problem[n][REFERENCE].paired[split][:seeds] for n in names]))
-            speed[split] = np.where(void, np.nan, speed[split])
-        won = metrics.wins(finals[label], finals[REFERENCE])
-        wall = np.array([[by_problem[n][label].wall["validation"] if label in by_problem[n] else 0.0] for n in names])
-        optimizer = next(rows[label].optimizer for rows in board.rows.values() if label in rows)
-        times = [board.timing[n] for n in names if {optimizer, REFERENCE} <= {*board.timing.get(n, {})}]
-        slower = [_ms(t, optimizer) / _ms(t, REFERENCE) for t in times]
-        sizes = [t[optimizer]["state_bytes"] / t[optimizer]["params_bytes"] * 4 for t in times]
-        interval = metrics.stratified_bootstrap
-        out.append(
-            Total(
-                label,
-                iqm={split: float(metrics.iqm(x)) for split, x in speed.items()},
-                interval={split: interval(metrics.iqm, x) for split, x in speed.items()},
-                median={split: float(metrics.median_of_means(x)) for split, x in speed.items()},
-                median_interval={split: interval(metrics.median_of_means, x) for split, x in speed.items()},
-                wall=float(metrics.iqm(wall)) if times else float("nan"),
-                win=float(metrics.mean_of(won)),
-                win_interval=interval(metrics.mean_of, won),
-                rank=float(metrics.mean_of(ranks[at])),
-                rank_interval=interval(metrics.mean_of, ranks[at]),
-                diverged=float(
-                    np.mean([by_problem[n][label].diverged if label in by_problem[n] else 1 for n in names])
-                ),
-                failed=sum(label not in by_problem[n] for n in names),
-                relative_ms=float(np.exp(np.mean(np.log(slower)))) if slower else float("nan"),
-                state_bytes=float(np.mean(sizes)) if sizes else float("nan"),
-            )
-        )
-    return out
+    def compared(get: Callable[[Score], Any]) -> dict[str, Any]:
+        """Wins over the reference, and ranks among those that are ranked."""
+        finals = {label: stack(label, get, np.inf) for label in labels}
+        among = ranked(board, labels)
+        ranks = metrics.ranks(np.stack([finals[label] for label in among])) if among else []
+        reference, void = stack(REFERENCE, get, np.inf), np.full((len(names), seeds), np.nan)
+        at = dict(zip(among, ranks, strict=True))
+        return {label: (metrics.wins(finals[label], reference), at.get(label, void)) for label in labels}
+
+    final, test = compared(lambda s: s.final["validation"]), compared(lambda s: s.test)
+    return [_total(board, label, names, stack, final[label], test[label]) for label in labels]
 
 
-def budgets(board: Board) -> dict[str, dict[str, float]]:
-    """Optimizer -> budget -> IQM of the validation speed-up to the fully tuned reference's best."""
-    wanted = {r.label: r for rows in board.rows.values() for r in rows.values() if r.part == 1}
-    out: dict[str, dict[str, float]] = {}
-    for row in wanted.values():
-        if row.budget in (TUNED, TEN, ONE):
-            speed = [found[row.label].paired["validation"] for found in board.scores.values() if row.label in found]
-            if speed:
-                out.setdefault(row.optimizer, {})[row.budget] = float(metrics.iqm(np.stack(speed)))
-    return dict(sorted(out.items()))
+def ranked(board: Board, labels: Sequence[str]) -> list[str]:
+    """Labels without second rows of an optimizer, which would count its rank twice: once, T/2."""
+    budgets = {row.label: (row.budget, row.part) for rows in board.rows.values() for row in rows.values()}
+    return [label for label in labels if budgets[label][0] != "once" and budgets[label][1] == 1]
+
+
+def _total(
+    board: Board,
+    label: str,
+    names: Sequence[str],
+    stack: Callable[..., Float[np.ndarray, "T S"]],
+    final: Any,
+    test: Any,
+) -> Total:
+    """One line of `totals`; final and test are (wins, ranks) [T, S]."""
+    optimizer = next(rows[label].optimizer for rows in board.rows.values() if label in rows)
+    timed = [n for n in names if {optimizer, REFERENCE} <= {*board.timing.get(n, {})}]
+    times = [board.timing[n] for n in timed]
+    slower = [_ms(t, optimizer) / _ms(t, REFERENCE) for t in times]
+    sizes = [t[optimizer]["state_bytes"] / t[optimizer]["params_bytes"] * 4 for t in times]
+
+    speed = {split: stack(label, lambda s, split=split: s.paired[split], 0.0) for split in CURVES}
+    for split in CURVES:
+        void = np.isnan(stack(REFERENCE, lambda s, split=split: s.paired[split], 0.0))
+        speed[split] = np.where(void, np.nan, speed[split])
+    wall = stack(label, lambda s: s.paired_wall["validation"], 0.0)
+    wall = np.where(np.isnan(speed["validation"]) | ~_timed(board, names), np.nan, wall)
+    interval = metrics.stratified_bootstrap
+    found = [board.scores[n][label].diverged for n in names if label in board.scores[n]]
+    return Total(
+        label,
+        iqm={split: float(metrics.iqm(x)) for split, x in speed.items()},
+        interval={split: interval(metrics.iqm, x) for split, x in speed.items()},
+        median={split: float(metrics.median_of_means(x)) for split, x in speed.items()},
+        median_interval={split: interval(metrics.median_of_means, x) for split, x in speed.items()},
+        wall=float(metrics.iqm(wall)),
+        wall_interval=interval(metrics.iqm, wall),
+        win=float(metrics.mean_of(final[0])),
+        win_interval=interval(metrics.mean_of, final[0]),
+        rank=float(metrics.mean_of(final[1])),
+        rank_interval=interval(metrics.mean_of, final[1]),
+        test_win=float(metrics.mean_of(test[0])),
+        test_win_interval=interval(metrics.mean_of, test[0]),
+        test_rank=float(metrics.mean_of(test[1])),
+        test_rank_interval=interval(metrics.mean_of, test[1]),
+        diverged=float(np.mean(found)) if found else float("nan"),
+        failed=sum(label not in board.scores[n] for n in names),
+        missing=sum(label not in board.rows[p.name] for p in board.problems),
+        relative_ms=float(np.exp(np.mean(np.log(slower)))) if slower else float("nan"),
+        state_bytes=float(np.mean(sizes)) if sizes else float("nan"),
+    )
+
+
+def _timed(board: Board, names: Sequence[str]) -> Any:
+    """[T, 1] whether a problem was timed at all: only there a crash is a speed-up of 0 in time."""
+    return np.array([[REFERENCE in board.timing.get(n, {})] for n in names])
+
+
+class Budget(NamedTuple):
+    """A baseline with a budget of tuning."""
+
+    optimizer: str
+    budget: str  # ONE, TEN or TUNED
+    points: str  # runs that chose it, in words
+    total: Total  # ranks are among those of the same budget
+
+
+def budgets(board: Board) -> list[Budget]:
+    """Every baseline tuned by a grid at 1 trial, 10 trials and in full, over the problems where all were run."""
+    held = {r.label: r for rows in board.rows.values() for r in rows.values() if r.part == 1 and r.budget in BUDGETS}
+    names, out = board.common(list(held)), []
+    for budget in BUDGETS:
+        labels = sorted(label for label, row in held.items() if row.budget == budget)
+        for total in totals(board, labels, names):
+            sizes = {rows[total.label].grid for rows in board.rows.values() if total.label in rows} - {0}
+            size = min(sizes, default=0)
+            points = {ONE: "1", TEN: f"{min(TRIALS, size)} of {size}", TUNED: f"all of {size}"}[budget]
+            out.append(Budget(held[total.label].optimizer, budget, points if size else "–", total))
+    return sorted(out, key=lambda one: (one.optimizer, BUDGETS.index(one.budget)))
 
 
 def profile(board: Board, labels: Sequence[str], ratios: np.ndarray) -> Float[np.ndarray, "O R"]:
     """Dolan-Moré of the steps to the reference's best validation loss."""
-    hits = np.full((len(labels), len(board.problems)), np.inf)
-    for column, problem in enumerate(board.problems):
-        found = board.scores[problem.name]
+    names = board.common(labels)
+    hits = np.full((len(labels), len(names)), np.inf)
+    for column, name in enumerate(names):
+        found = board.scores[name]
         for at, label in enumerate(labels):
             if label in found and found[label].hit["validation"] is not None:
                 hits[at, column] = found[label].hit["validation"]

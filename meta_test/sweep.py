@@ -51,7 +51,8 @@ class Line(NamedTuple):
 
     name: str
     chosen: str  # in words
-    finals: Float[np.ndarray, "V S"]  # last smoothed validation loss; infinite where it diverged
+    finals: Float[np.ndarray, "V S"]  # last smoothed validation loss; infinite where it diverged or was not run
+    error: str = ""  # what ended it, if it crashed or was skipped
 
 
 def settings_at(family: str, axis: str, value: int) -> dict[str, Any]:
@@ -117,27 +118,35 @@ def _multiplied(entrant: Entrant, base: Task, target: Task) -> Entrant:
 
 
 def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Callable[[str], None]) -> list[Line]:
-    """Tune at the first problem, then run everywhere."""
+    """Tune at the first problem, then run everywhere. What crashes is told, and the others go on."""
     scaled = "mup_base" in todo[0].settings
     made = [tasks.make(problem.family, **problem.settings) for problem in todo]
     out = []
     for entrant in who:
         name = f"{entrant.name}, muP" if scaled else entrant.name
-        point = tuning.Point({}, "constant")
-        if entrant.tuned:
-            bench = tuning.Bench(entrant, made[0], lambda updates: None)
-            found = tuning.search(bench, Cell(todo[0], entrant.name, "grid", 1))
-            point = found.points[tuning.choose(found, "validation")]
-        finals = []
-        for problem, task in zip(todo, made, strict=True):
-            say(f"{name}, {problem.note}")
-            here = _multiplied(entrant, made[0], task) if scaled else entrant
-            bench = tuning.Bench(here, task, lambda updates: None)
-            steps = eval_steps(problem.num_steps)[-metrics.WINDOW :]
-            curves = bench.run([point], range(seeds), problem.num_steps, steps, ())
-            finals.append(metrics.final(curves.losses["validation"])[0])
+        finals, chosen, error = np.full((len(todo), seeds), np.inf), "untuned", ""
+        if entrant.deterministic_only and not all(task.deterministic for task in made):
+            error = "skipped: needs a loss without minibatches"
+        try:
+            point = tuning.Point({}, "constant")
+            if entrant.tuned and not error:
+                bench = tuning.Bench(entrant, made[0], lambda updates: None)
+                found = tuning.search(bench, Cell(todo[0], entrant.name, "grid", 1))
+                point = found.points[tuning.choose(found, "validation")]
+                chosen = point.describe()
+            for at, (problem, task) in enumerate(zip(todo, made, strict=True) if not error else ()):
+                say(f"{name}, {problem.note}")
+                here = _multiplied(entrant, made[0], task) if scaled else entrant
+                bench = tuning.Bench(here, task, lambda updates: None)
+                steps = eval_steps(problem.num_steps)[-metrics.WINDOW :]
+                curves = bench.run([point], range(seeds), problem.num_steps, steps, ())
+                finals[at] = metrics.final(curves.losses["validation"])[0]
+        except Exception as e:  # of a user's optimizer, or of the compiler
+            error = f"crashed: {type(e).__name__}: {e}"[:200]
+        if error:
+            say(f"{name}: {error}")
         jax.clear_caches()
-        out.append(Line(name, point.describe() if entrant.tuned else "untuned", np.stack(finals)))
+        out.append(Line(name, chosen, finals, error))
     return out
 
 
@@ -170,7 +179,8 @@ def sweep(args: argparse.Namespace) -> int:
         "problems": [problem._asdict() for problem in todo],
         "lines": [{**line._asdict(), "finals": rounded(line.finals)} for line in found],
     }
-    figure = drawing.sweep_plot(args.axis, values, {line.name: line.finals for line in found})
+    drawn = {line.name: line.finals for line in found if np.isfinite(line.finals).any()}
+    figure = drawing.sweep_plot(args.axis, values, drawn)
     contents = (json.dumps(record, indent=1) + "\n", as_markdown(record, found), as_csv(values, found), figure)
     write(args.out, dict(zip(FILES, contents, strict=True)))
     print(as_markdown(record, found))
@@ -178,19 +188,22 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(losses: np.ndarray) -> str:
-    return f"{losses.mean():.4g}" if np.isfinite(losses).all() else "diverged"
+def _text(losses: np.ndarray, error: str) -> str:
+    if np.isfinite(losses).all():
+        return f"{losses.mean():.4g}"
+    return error.split(":")[0] if error and not np.isfinite(losses).any() else "diverged"
 
 
 def as_markdown(record: Mapping[str, Any], found: Sequence[Line]) -> str:
     """A table of means over seeds."""
     values, first = record["values"], record["problems"][0]
     head = ["optimizer", *(f"{record['axis']} {value}" for value in values), f"tuned at {values[0]}"]
-    rows = [[line.name, *(_text(one) for one in line.finals), line.chosen] for line in found]
+    rows = [[line.name, *(_text(one, line.error) for one in line.finals), line.chosen] for line in found]
     table = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     table.insert(1, "|:--" + "|--:" * len(values) + "|:--|")
+    notes = [line for one in found if one.error for line in (f"{one.name}: {one.error}".replace("\n", " "), "")]
     title = f"Final validation loss of {first['family']} against {record['axis']}"
-    return "\n".join([f"# {title}", "", *table, "", f"Made by `{record['command']}`.", ""])
+    return "\n".join([f"# {title}", "", *table, "", *notes, f"Made by `{record['command']}`.", ""])
 
 
 def as_csv(values: Sequence[int], found: Sequence[Line]) -> str:

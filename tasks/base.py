@@ -59,6 +59,8 @@ class Task(NamedTuple):
       composite: its smooth part and penalty where it has them, or None.
       window: `i -> data` number i, of the shapes of `data`, where there is more than fits on a device; or None. On the
         host, decoded when it is called.
+      deterministic: `batch` and `loss` do not depend on their keys, so that line searches are defined; what needs that
+        is run on no other task.
     """
 
     data: Any
@@ -77,3 +79,4 @@ class Task(NamedTuple):
     family: str = ""
     window: Callable[[int], Any] | None = None
     composite: Composite | None = None
+    deterministic: bool = False

@@ -63,7 +63,7 @@ def quadratic(
     dim: int = 32,
     spectrum: str = "geometric",
     condition: float = 100.0,
-    log10_noise: tuple[float, float] = (-3.0, -1.0),
+    log10_noise: tuple[float, float] | None = (-3.0, -1.0),
 ) -> Task:
     """x·H·x / 2 + noise·z·x, where H has a chosen spectrum in a random basis and z is drawn a batch.
 
@@ -73,7 +73,7 @@ def quadratic(
       dim: D.
       spectrum: geometric, power, clusters or marchenko_pastur, see `spectrum_named`.
       condition: largest over smallest eigenvalue, ≥ 1; the largest is 1.
-      log10_noise: range of the noise's log10; phi draws from it uniformly.
+      log10_noise: range of the noise's log10; phi draws from it uniformly. None: no noise, the task is deterministic.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -82,15 +82,18 @@ def quadratic(
         raise ValueError(f"quadratic: spectrum, got {spectrum!r}; valid: {', '.join(SPECTRA)}.")
     if not 1 <= condition <= 1e6:
         raise ValueError(f"quadratic: condition, got {condition}; valid: 1 to 1e6.")
-    if len(log10_noise) != 2 or not -20.0 <= log10_noise[0] <= log10_noise[1] <= 20.0:
-        raise ValueError(f"quadratic: log10_noise, got {log10_noise}; valid: a range (low, high) in ± 20.")
+    if log10_noise is not None and (len(log10_noise) != 2 or not -20.0 <= log10_noise[0] <= log10_noise[1] <= 20.0):
+        raise ValueError(f"quadratic: log10_noise, got {log10_noise}; valid: a range (low, high) in ± 20, or None.")
     eigenvalues = spectrum_named(spectrum, dim, condition).astype(np.float32)
 
     def sample(key: PRNGKeyArray) -> Phi:
         basis_key, noise_key = jax.random.split(key)
         basis, _ = jnp.linalg.qr(jax.random.normal(basis_key, (dim, dim)))
+        hessian = (basis * jnp.asarray(eigenvalues)[None]) @ basis.T
+        if log10_noise is None:
+            return Phi(hessian, jnp.zeros(()))
         exponent = jax.random.uniform(noise_key, minval=log10_noise[0], maxval=log10_noise[1])
-        return Phi((basis * jnp.asarray(eigenvalues)[None]) @ basis.T, 10.0**exponent)
+        return Phi(hessian, 10.0**exponent)
 
     def batch(key: PRNGKeyArray, phi: Phi, data: Any, split: Split) -> Float[Array, " D"]:
         z = jax.random.normal(key, (dim,))
@@ -99,13 +102,14 @@ def quadratic(
     def loss(params: Float[Array, " D"], key: PRNGKeyArray, phi: Phi, batch: Float[Array, " D"]) -> Float[Array, ""]:
         return 0.5 * params @ phi.hessian @ params + batch @ params
 
+    noise = "no noise" if log10_noise is None else f"noise 10^{log10_noise[0]:g} to 10^{log10_noise[1]:g}"
     return Task(
         data=(),
         sample=sample,
         init=lambda key, phi: jax.random.normal(key, (dim,)),
         batch=batch,
         loss=loss,
-        name=f"quadratic({dim}, {spectrum}, condition {condition:g}, noise 10^{log10_noise[0]:g} to "
-        f"10^{log10_noise[1]:g})",
+        name=f"quadratic({dim}, {spectrum}, condition {condition:g}, {noise})",
         init_loss=0.5 * float(eigenvalues.sum()),
+        deterministic=log10_noise is None,
     )

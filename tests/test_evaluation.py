@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_resolve_finds_all_kinds(tmp_path):
         ("tests.test_evaluation:nothing", "has no function 'nothing'"),
         ("tests.test_evaluation:NOT_ONE", "has no function 'NOT_ONE'"),
         ("no_such_module:f", "No module named"),
+        ("optax:adam", "Wrap it in a file of yours: def mine(num_steps): return optax.adam(learning_rate=…)"),
     ],
 )
 def test_resolve_refuses(spec, message):
@@ -153,16 +155,19 @@ def test_trials_are_a_head_of_more_and_inside():
 
 
 class FakeBench:
-    """Final losses are a function of point and seed; counts runs."""
+    """Final losses are a function of point and seed, in training another if there is one; counts runs."""
 
-    def __init__(self, one: Entrant, loss) -> None:
-        self.entrant, self.loss, self.ran = one, loss, []
+    def __init__(self, one: Entrant, loss, train=None) -> None:
+        self.entrant, self.by_split, self.ran = one, {"train": train or loss, "validation": loss}, []
 
     def run(self, points, seeds, horizon, steps, exams) -> Curves:
-        self.ran += [(p.hyper["lr"], p.schedule, seed) for p in points for seed in seeds]
-        finals = np.array([[self.loss(p, seed) for seed in seeds] for p in points], float)
-        losses = {split: np.repeat(finals[:, :, None], len(steps), 2) for split in CURVES}
-        return Curves(steps, losses, {"loss": finals[:, :, None]})
+        self.ran += [(p.hyper.get("lr"), p.schedule, seed) for p in points for seed in seeds]
+        finals = {
+            split: np.array([[loss(p, seed) for seed in seeds] for p in points], float)
+            for split, loss in self.by_split.items()
+        }
+        losses = {split: np.repeat(x[:, :, None], len(steps), 2) for split, x in finals.items()}
+        return Curves(steps, losses, {"loss": finals["validation"][:, :, None] + 100})
 
 
 def bowl(best: float, schedule: str = "cosine"):
@@ -170,8 +175,8 @@ def bowl(best: float, schedule: str = "cosine"):
     return lambda p, seed: 1 + math.log(p.hyper["lr"] / best) ** 2 + (p.schedule != schedule)
 
 
-def tuned(loss, search: str = "grid") -> tuple[FakeBench, dict]:
-    bench = FakeBench(entrant(), loss)
+def tuned(loss, search: str = "grid", train=None) -> tuple[FakeBench, dict]:
+    bench = FakeBench(entrant(), loss, train)
     return bench, tuning.tune(bench, Cell(TINY, "sgd", search, 1), 5)
 
 
@@ -188,6 +193,93 @@ def test_tuning_finds_the_best_and_runs_it_on_other_seeds():
     assert len(tried) == 24 + 2 * tuning.FINALISTS
     assert {run[2] for run in bench.ran if run not in tried} == set(range(5))
     assert not set(range(5)) & set(tuning.TUNING_SEEDS)
+
+
+def near(rate: float) -> float:
+    lrs = tuning.learning_rates(entrant())
+    return lrs[np.abs(np.log(lrs / rate)).argmin()]
+
+
+def test_each_column_has_its_own_choice():
+    """Training loss is least elsewhere: who confuses the splits is seen."""
+    _, record = tuned(validation := bowl(0.0123), train=bowl(0.2, "constant"))
+    row = record["rows"][""]
+    expected = {"validation": (near(0.0123), "cosine"), "train": (near(0.2), "constant")}
+    for split, (lr, schedule) in expected.items():
+        assert row["chosen"][split] == {"hyper": {"lr": pytest.approx(lr)}, "schedule": schedule}
+        least = 1 + math.log(lr / {"validation": 0.0123, "train": 0.2}[split]) ** 2
+        np.testing.assert_allclose(cells.array(row["losses"][split]), least, rtol=1e-4)
+    test = cells.array(row["test"]["loss"])
+    np.testing.assert_allclose(
+        test, 100 + cells.array(row["losses"]["validation"])[:, 0], rtol=1e-4
+    )  # of validation's choice
+    points = tuning.grid(entrant())
+    drawn = np.random.default_rng(zlib.crc32(b"tiny")).permutation(len(points))[: tuning.TRIALS]
+    best = min((points[i] for i in drawn), key=lambda p: validation(p, 0))
+    for chosen in record["rows"]["10 trials"]["chosen"].values():
+        assert chosen == cells.plain(best)
+
+
+def test_a_sweep_chooses_on_validation_loss(monkeypatch):
+    monkeypatch.setattr(tuning, "Bench", lambda one, task, tick: FakeBench(one, bowl(0.0123), bowl(0.2, "constant")))
+    todo = [TINY._replace(note="a"), TINY._replace(note="b", settings={"dim": 5})]
+    (line,) = sweep.lines(todo, [entrant()], 2, lambda text: None)
+    assert line.chosen == f"lr {near(0.0123):.3g}, cosine"
+    np.testing.assert_allclose(line.finals, np.full((2, 2), 1 + math.log(near(0.0123) / 0.0123) ** 2))
+
+
+def test_a_bench_is_a_plain_loop():
+    """Rates, decays and schedules of SGD against optax in a loop of one's own."""
+    task, num_steps = tasks.make("quadratic", dim=4, log10_noise=(-1.0, -0.5)), 20
+    points = [
+        Point({"lr": lr, "weight_decay": decay}, schedule)
+        for lr, decay in ((0.05, 0.0), (0.4, 0.1))
+        for schedule in ("constant", "cosine")
+    ]
+    bench = tuning.Bench(entrants.resolve("sgd"), task, lambda updates: None)
+    found = bench.run(points, (0, 7), num_steps, np.array([0, 5, num_steps]), (num_steps,))
+    # The warm-up is one step, a twentieth of 20; then from 1 to 0 in the 19 that are left.
+    cosine = [1.0, *(0.5 * (1 + math.cos(math.pi * t / 19)) for t in range(19))]
+    factors = {"constant": jnp.ones(num_steps), "cosine": jnp.array(cosine)}
+
+    @jax.jit
+    def loop(seed, lr, decay, factor):
+        key = jax.random.key(seed)
+        phi = task.sample(jax.random.fold_in(key, 0))
+        tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(lambda count: lr * factor[count]))
+        params = task.init(jax.random.fold_in(key, 1), phi)
+
+        def one(carry, t):
+            params, state = carry
+            batch_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), t))
+            batch = task.batch(batch_key, phi, (), "train")
+            updates, state = tx.update(jax.grad(task.loss)(params, loss_key, phi, batch), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), 0.5 * params @ phi.hessian @ params
+
+        return jax.lax.scan(one, (params, tx.init(params)), jnp.arange(num_steps))[1]
+
+    for i, point in enumerate(points):
+        for j, seed in enumerate((0, 7)):
+            expected = loop(seed, point.hyper["lr"], point.hyper["weight_decay"], factors[point.schedule])
+            np.testing.assert_allclose(found.losses["validation"][i, j, 1:], expected[np.array([4, 19])], rtol=2e-4)
+            np.testing.assert_allclose(found.test["loss"][i, j, 0], expected[-1], rtol=2e-4)
+    finals = found.losses["validation"][:, :, -1]
+    assert len(np.unique(finals.round(6))) == finals.size  # the points can be told apart
+
+
+def test_training_is_on_training_batches():
+    """Batches 1, 2 and 5 of the three splits, p from 1: two steps of 0.1 on training batches leave 0.8."""
+    values = {"train": 1.0, "validation": 2.0, "test": 5.0}
+    task = linear_task()._replace(
+        batch=lambda key, phi, data, split: jnp.asarray(values[split]),
+        eval_batches=lambda phi, data, split: jnp.full((1,), values[split]),
+    )
+    program = runs.prepare(Contender("sgd", lambda shared: optax.sgd(0.1)), task, 1)
+    found = runs.run(program, {}, np.arange(1), np.array([0, 2]), (2,), lambda n: None)
+    np.testing.assert_allclose(found.losses["train"], [[1.0, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(found.losses["validation"], [[2.0, 1.6]], rtol=1e-6)
+    np.testing.assert_allclose(found.test["loss"], [[4.0]], rtol=1e-6)
 
 
 def test_a_point_that_is_lucky_on_one_seed_is_not_chosen():
@@ -251,9 +343,11 @@ def test_small_budgets():
 
 def test_least_mean_rank():
     points = [Point({"lr": lr}, "cosine") for lr in (1.0, 2.0, 3.0)]
-    # Mean ranks 2, 1⅔ and 2⅓; the least mean loss would be the third's, and the last problem alone decides nothing.
+    # Mean ranks 2, 2 and 2 on the first three, of which the first counts; the least mean loss would be the third's.
+    # With the last 2⅛, 1¾ and 2⅛.
     finals = np.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [100.0, 101.0, 1.0], [NAN, 1.0, INF]])
-    assert session.least_mean_rank(points, finals[:3] * 1.0).hyper["lr"] in (1.0, 2.0, 3.0)
+    assert session.least_mean_rank(points, finals[:3]) == points[0]
+    assert session.least_mean_rank(points, finals[1:3]) == points[2]  # 2½, 2 and 1½
     assert session.least_mean_rank(points, finals) == points[1]
     assert finals[:3].mean(0).argmin() == 2
 
@@ -293,7 +387,7 @@ def test_a_key_changes_with_whatever_matters():
 def test_records_survive_and_changed_ones_are_refused(tmp_path):
     cell, given = Cell(TINY, "a/b:c", "grid", 1), inputs()
     key = cells.key_of(given)
-    record = {"inputs": given, "x": np.array([1.0, NAN, INF])}
+    record = {"inputs": given, "status": "done", "x": np.array([1.0, NAN, INF])}
     path = cells.write(tmp_path / cells.folder_of("mini"), cells.file_of(cell, key), record)
     assert cells.find([tmp_path], cell, key) == path
     assert cells.find([tmp_path], cell, cells.key_of(inputs(seeds=4))) is None
@@ -326,11 +420,12 @@ def test_records_that_ship_are_of_what_is_here():
             made[name] = tasks.make(problem.family, **problem.settings)
         point = record["inputs"]["search"][2]
         cell = Cell(problem, optimizer, search, part)
+        assert record["status"] == "done"
         now = tuning.inputs(cell, entrants.resolve(optimizer), made[name], session.SEEDS, point)
         assert path.name == cells.file_of(cell, cells.key_of(now)), path
 
 
-def fill(tmp_path, monkeypatch, tune, names=("adamw", "sgd"), problems=(TINY,)):
+def fill(tmp_path, monkeypatch, tune, names=("adamw", "sgd"), problems=(TINY,), store=None):
     """Fill with a function in place of `tuning.tune`; returns counts, what was computed, what was said."""
     computed, said = [], []
 
@@ -341,7 +436,7 @@ def fill(tmp_path, monkeypatch, tune, names=("adamw", "sgd"), problems=(TINY,)):
     monkeypatch.setattr(tuning, "tune", counted)
     monkeypatch.setattr(session.jax, "clear_caches", lambda: None)
     todo = session.jobs(problems, [entrants.resolve(name) for name in names])
-    store = session.Store(tmp_path, tmp_path, (tmp_path,))
+    store = store or session.Store(tmp_path, tmp_path, (tmp_path,))
     counts = session.fill(todo, store, 5, lambda s, note: None, said.append)
     return counts, computed, said
 
@@ -375,7 +470,89 @@ def test_a_crash_is_a_result(tmp_path, monkeypatch):
     counts, _, said = fill(tmp_path, monkeypatch, crashing)
     assert counts == {"kept": 0, "computed": 5, "failed": 1}
     assert said == ["tiny, sgd: crashed: RuntimeError: out of luck"]
-    assert fill(tmp_path, monkeypatch, finals_record)[0]["kept"] == 5  # it is not tried again
+    (crashed,) = tmp_path.glob("*--sgd--*")  # in the folder of the run
+    assert json.loads(crashed.read_text())["status"] == "crashed"
+    counts, computed, _ = fill(tmp_path, monkeypatch, finals_record)
+    assert (counts["kept"], computed) == (4, [("tiny", "sgd")])  # it is tried again, and what ended replaces it
+    assert json.loads(crashed.read_text())["status"] == "done"
+
+
+def test_no_crash_is_kept_in_a_cache(tmp_path, monkeypatch):
+    def crashing(bench, cell, seeds, point):
+        raise MemoryError
+
+    cache, own = tmp_path / "cache", tmp_path / "own"
+    for place in (None, own):
+        counts, *_ = fill(tmp_path, monkeypatch, crashing, store=session.Store(place, cache, (cache,)))
+        assert counts["failed"] == 5
+    assert not cache.exists()
+    assert len(list(own.iterdir())) == 5
+    # What is found in a cache is copied to a run, and to none when a cache is filled.
+    fill(tmp_path, monkeypatch, finals_record, store=session.Store(None, cache, (cache,)))
+    before = sorted(path.name for path in cache.iterdir())
+    counts, *_ = fill(tmp_path, monkeypatch, finals_record, store=session.Store(own, tmp_path / "new", (own, cache)))
+    assert counts["kept"] == 5
+    assert sorted(path.name for path in own.iterdir()) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_ones_own_record_was_found_is_said(tmp_path, monkeypatch):
+    own = "tests.test_evaluation:plain_sgd"
+    monkeypatch.chdir(Path(__file__).parents[1])
+    done = lambda *args: {"status": "done"}  # noqa: E731
+    assert fill(tmp_path, monkeypatch, done, (own,))[2] == []
+    (said,) = fill(tmp_path, monkeypatch, done, (own,))[2]
+    assert str(tmp_path) in said
+    assert "to run it again remove it" in said
+
+
+def test_caches_are_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parse = cli._parser().parse_args
+    assert commands.cache_of(parse(["tune"])) == tmp_path / "lopt/eval/mini-v1"
+    assert commands.cache_of(parse(["run", "--optimizers", "sgd", "--out", "x"])) == tmp_path / "lopt/eval/mini-v1"
+    assert commands.cache_of(parse(["tune", "--cache", str(tmp_path / "c")])) == tmp_path / "c/mini-v1"
+    assert commands.cache_of(parse(["tune", "--ship"])) == cells.SHIPPED / "mini-v1"
+    with pytest.raises(ValueError, match="--ship, got --cache too"):
+        commands.cache_of(parse(["tune", "--ship", "--cache", "c"]))
+
+
+def test_more_seeds_are_told_what_they_cost(tmp_path, capsys):
+    todo = session.jobs([TINY], [entrants.resolve("sgd")], 6)
+    store = session.Store(None, tmp_path, (tmp_path,))
+    commands._warn_of_seeds(todo, store, 6)
+    assert not capsys.readouterr().err  # nothing is lost
+    cells.write(tmp_path, cells.file_of(todo[0].cell, "0123456789abcdef"), {})
+    commands._warn_of_seeds(todo, store, 6)
+    assert "--seeds 6: of 1 cells" in (said := capsys.readouterr().err)
+    assert commands.span(session.seconds(todo)) in said
+    commands._warn_of_seeds(todo, store, 5)
+    assert not capsys.readouterr().err
+
+
+def test_line_searches_run_where_nothing_is_random(tmp_path, monkeypatch):
+    """And the property is true: two keys, one value."""
+    for noise, status in ((None, "done"), ((-3.0, -1.0), "skipped")):
+        task = tasks.make("quadratic", dim=4, log10_noise=noise)
+        phi = task.sample(jax.random.key(0))
+        params = task.init(jax.random.key(1), phi)
+        a, b = (
+            task.loss(params, key, phi, task.batch(key, phi, (), "train"))
+            for key in jax.random.split(jax.random.key(2))
+        )
+        assert task.deterministic == (noise is None) == bool(a == b)
+        problem = TINY._replace(settings={"dim": 4, "log10_noise": noise})
+        todo = session.jobs([problem], [entrants.resolve("lbfgs")], 1)
+        session.fill(todo, session.Store(tmp_path, tmp_path, ()), 1, lambda s, note: None, lambda text: None)
+        records = [json.loads(path.read_text()) for path in tmp_path.glob("*lbfgs*")]
+        (record,) = [one for one in records if one["inputs"]["task"][1]["log10_noise"] == cells.plain(noise)]
+        assert record["status"] == status
+        if status == "done":
+            assert cells.array(record["rows"][""]["losses"]["validation"])[:, -1].max() < 1e-8
+        with monkeypatch.context() as patched:
+            patched.setattr(tuning, "Bench", lambda one, task, tick: FakeBench(one, lambda p, seed: 1.0))
+            (line,) = sweep.lines([problem], [entrants.resolve("lbfgs")], 1, lambda text: None)
+        assert (line.error == "") == np.isfinite(line.finals).all() == (status == "done")
 
 
 def test_once_takes_the_rank_over_all_problems(tmp_path, monkeypatch):
@@ -384,7 +561,8 @@ def test_once_takes_the_rank_over_all_problems(tmp_path, monkeypatch):
     def record(bench, cell, seeds, point):
         count = len(tuning.grid(bench.entrant))
         order = np.arange(count) if cell.problem.name == "tiny" else 1000.0 * np.roll(np.arange(count), 1)
-        return {"status": "done", "finals": dict.fromkeys(CURVES, order[:, None]), "rows": {}, "point": point}
+        finals = {"train": -order[:, None], "validation": order[:, None]}
+        return {"status": "done", "finals": finals, "rows": {}, "point": point}
 
     fill(tmp_path, monkeypatch, record, ("adamw",), (TINY, other))
     points = [cells.read(path)["point"] for path in tmp_path.glob("*once*")]
@@ -517,10 +695,163 @@ def test_totals_by_hand(board):
     np.testing.assert_allclose(totals["mine"].wall, 120 / 70 / 4)
     assert [totals[name].rank for name in ("mine", "adamw", "slow", "nans", "bad")] == [1, 2, 3, 4.5, 4.5]
     assert (totals["mine"].win, totals["slow"].win, totals["adamw"].win) == (1.0, 0.0, 0.5)
-    # A crash counts: as never reached, as the worst loss, as diverged.
-    assert (totals["bad"].iqm["validation"], totals["bad"].failed, totals["bad"].diverged) == (0.0, 1, 1.0)
+    # A crash counts: as never reached and as the worst loss. It has not diverged.
+    assert (totals["bad"].iqm["validation"], totals["bad"].failed, totals["bad"].missing) == (0.0, 1, 0)
+    assert math.isnan(totals["bad"].diverged)
+    assert (totals["nans"].failed, totals["nans"].diverged) == (0, 1.0)
     assert (totals["mine"].relative_ms, totals["mine"].state_bytes) == (pytest.approx(4.0), 8.0)
-    assert standings.budgets(board)["adamw"] == {"tuned": 1.0, "10 trials": 0.0, "1 trial": 0.0}
+
+
+def test_budgets_by_hand(board):
+    found = {(one.optimizer, one.budget): one.total for one in standings.budgets(board)}
+    speeds = [found["adamw", budget].iqm["validation"] for budget in standings.BUDGETS]
+    assert speeds == [0.0, 0.0, 1.0]
+    # Wins are over the tuned AdamW, at every budget.
+    assert [found["adamw", budget].win for budget in standings.BUDGETS] == [0.0, 0.0, 0.5]
+    for budget in standings.BUDGETS:  # a crash is 0 and the worst at every budget
+        crashed = found["bad", budget]
+        assert (crashed.iqm["validation"], crashed.interval["validation"], crashed.failed) == (0.0, (0.0, 0.0), 1)
+        assert crashed.rank > found["adamw", budget].rank
+
+
+def two_tasks(tmp_path, mine, timing, **tests) -> standings.Board:
+    """AdamW reaches 1 at steps 120 and 70 of two tasks; `mine` gives curves of another on each, or None."""
+    other = TINY._replace(name="other")
+    adamw = {"tiny": levels(4, 2, 1), "other": levels(4, 1, 1)}
+    records = [curve_record("adamw", adamw[name], problem=name) for name in adamw]
+    for name, curves in mine.items():
+        if curves is not None:
+            records.append(curve_record("mine", curves, search="untuned", problem=name))
+            records[-1]["rows"][""]["test"] = {"loss": tests.get(name, [1.0, 2.0])}
+    folder = make_run(tmp_path, records, problems=(TINY, other))
+    cells.write(folder, standings.TIMING, {"timing": timing})
+    return standings.load([folder])
+
+
+def test_speed_up_in_time_is_of_the_same_scores(tmp_path):
+    """Paired: the seeds of a task have their own, and the IQM is over all [tasks, seeds]."""
+    mine = {
+        "tiny": np.stack([levels(4, 1, 1)[0], levels(4, 4, 1)[0]]),  # 120/70 and 120/120
+        "other": np.stack([levels(1, 1, 1)[0], levels(9, 9, 9)[0]]),  # 70/40 and never
+    }
+    timing = {"tiny": timings(adamw=1.0, mine=2.0), "other": timings(adamw=1.0, mine=0.5)}
+    board = two_tasks(tmp_path, mine, timing)
+    found = standings.totals(board, board.labels())[1]
+    # A step twice as dear on the first, half as dear on the second; a level is smoothed at its fifth evaluation at 40.
+    scores = [120 / 70 / 2, 1 / 2, 70 / 40 * 2, 0.0]
+    np.testing.assert_allclose(board.scores["other"]["mine"].paired_wall["validation"], scores[2:])
+    np.testing.assert_allclose(found.wall, np.sort(scores)[1:3].mean())
+    of_means = np.array([board.scores[name]["mine"].wall["validation"] for name in ("tiny", "other")])
+    assert abs(found.wall - of_means.mean()) > 0.05  # who takes the means' speed-ups gets another number
+    low, high = found.wall_interval
+    assert low < found.wall < high
+
+
+def test_test_loss_has_wins_and_ranks_of_its_own(tmp_path):
+    mine = {"tiny": levels(4, 1, 0.5), "other": levels(4, 1, 0.5)}  # better in validation
+    board = two_tasks(tmp_path, mine, {}, tiny=[0.5, 9.0], other=[9.0, 9.0])  # and worse in three tests of four
+    adamw, found = standings.totals(board, board.labels())
+    assert (found.win, found.test_win) == (1.0, 0.25)
+    assert (found.rank, found.test_rank, adamw.test_rank) == (1.0, 1.75, 1.25)
+    assert math.isnan(found.wall)  # nothing was timed
+    table = page._totals([adamw, found])  # of both the page and the Markdown
+    line = dict(zip(table.header, table.rows[1], strict=True))
+    assert (line["win rate, test"].value, line["mean rank, test"].value) == (0.25, 1.75)
+    rows = list(csv.DictReader(io.StringIO(page.summary_csv([adamw, found]))))
+    assert (rows[1]["test_win"], rows[1]["test_rank"]) == ("0.25", "1.75")
+
+
+def test_what_was_not_run_is_neither_a_crash_nor_divergence(tmp_path):
+    mine = {"tiny": levels(4, 1, 0.5), "other": None}
+    board = two_tasks(tmp_path, mine, {})
+    adamw, found = standings.totals(board, board.labels())
+    assert (found.missing, found.failed, found.diverged, adamw.missing) == (1, 0, 0.0, 0)
+    np.testing.assert_allclose(found.iqm["validation"], 120 / 70)  # with a 0 for the other it would be half of that
+    assert found.win == 1.0
+    assert "not run: mine on other" in page.not_run(board)
+    table = page._totals([adamw, found])
+    line = dict(zip(table.header, table.rows[1], strict=True))
+    assert [line[f"{word}, tasks"].text for word in ("crashed", "not run")] == ["0", "1"]
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    """Two runs of the same name: rows and timings of each stand side by side, on every problem."""
+    curves = {"x": levels(4, 1, 0.5), "y": levels(4, 4, 1)}
+    for place, ms in (("x", 2.0), ("y", 8.0)):
+        mine = {"tiny": curves[place], "other": levels(4, 1, 1)}
+        times = timings(adamw=1.0, mine=ms)
+        two_tasks(tmp_path / place / "run", mine, {"tiny": times, "other": times})
+    board = standings.load([tmp_path / "x/run", tmp_path / "y/run"])
+    assert board.labels() == ["adamw", "mine", "mine (y/run)"]
+    first, second = standings.totals(board, board.labels())[1:]
+    assert (first.relative_ms, second.relative_ms) == (pytest.approx(2.0), pytest.approx(8.0))
+    assert (first.missing, second.missing) == (0, 0)  # though on one problem they are equal
+    assert (board.scores["tiny"]["mine"].wall["validation"]) == pytest.approx(120 / 70 / 2)
+    assert (board.scores["tiny"]["mine (y/run)"].wall["validation"]) == pytest.approx(1 / 8)
+
+
+def test_ends_of_a_grid_are_flagged():
+    """Of a decay its largest, not 0; each split its own; the rate as the record has it."""
+    record = curve_record("adamw", levels(4, 2, 1))
+    record["points"] = [{"hyper": {"lr": 0.1, "weight_decay": x}, "schedule": "cosine"} for x in (0.0, 0.01, 0.1)]
+    chosen = record["rows"][""]["chosen"]
+    for validation, train, expected in ((0.1, 0.0, ["lr", "weight_decay"]), (0.01, 0.1, ["lr"])):
+        chosen["validation"], chosen["train"] = (
+            {"hyper": {"lr": 0.1, "weight_decay": x}, "schedule": "cosine"} for x in (validation, train)
+        )
+        assert standings.ends(record, "validation") == expected
+        assert standings.ends(record, "train") == ["weight_decay"] * (train == 0.1)
+
+
+def test_no_test_loss_stands_beside_another_choice(tmp_path):
+    record = curve_record("adamw", levels(4, 2, 1))
+    record["rows"][""]["chosen"]["train"] = {"hyper": {"lr": 0.2}, "schedule": "constant"}
+    board = standings.load([make_run(tmp_path, [record, curve_record("same", levels(4, 2, 1))])])
+    rows = csv.DictReader(io.StringIO(page.results_csv(board)))
+    shown = {(row["optimizer"], row["split"]): row["test_loss"] for row in rows}
+    assert [shown[name, split] for name in ("adamw", "same") for split in ("validation", "train")] == [
+        "1.5", "", "1.5", "1.5",
+    ]  # fmt: skip
+    table = page._problem(board, "tiny", []).tables[0]
+    assert next(row for row in table.rows if row[0].text == "adamw")[-1].text == "lr 0.2, constant"
+
+
+def test_a_second_row_of_an_optimizer_is_not_ranked(tmp_path):
+    records = [curve_record("adamw", levels(4, 2, 1)), curve_record("adamw", levels(4, 2, 0.5), search="once")]
+    records.append(curve_record("slow", levels(4, 3, 2)))
+    board = standings.load([make_run(tmp_path, records)])
+    found = {t.label: t.rank for t in standings.totals(board, board.labels())}
+    assert (found["adamw"], found["slow"]) == (1.0, 2.0)
+    assert math.isnan(found["adamw, once"])
+
+
+def test_what_an_optimizer_has_met_is_said(tmp_path):
+    quick = entrants.met(entrants.resolve("lopt:quickstart"))
+    assert quick == {"families": ["image_mlp"], "data": ["digits", "mnist5k"]}
+    rule = rules.make("tiny")
+    theta = rule.init_theta(jax.random.key(0))
+    for number, provenance in enumerate(({}, {"run": {"groups": []}}, {"run": {"groups": [{"family": "my:own"}]}})):
+        folder = lopt.save(tmp_path / f"{number}/artifact", rule, theta, provenance=provenance, card="")
+        assert entrants.met(entrants.resolve(str(folder))) is None
+    assert entrants.met(entrants.resolve("adamw")) == {"families": [], "data": []}
+    record = curve_record("mine", levels(4, 1, 0.5), search="untuned")
+    record["inputs"]["data"] = [["fashion10k", "x"]]
+    records = [curve_record("adamw", levels(4, 2, 1)), record]
+    problem = TINY._replace(note="data never met")
+    folder = make_run(tmp_path / "run", records, problems=(problem,))
+    about = json.loads((folder / standings.ABOUT).read_text())
+    words = {}
+    for met in (None, {"families": ["cnn"], "data": ["digits"]}, {"families": ["cnn"], "data": ["fashion10k"]}):
+        cells.write(folder, standings.ABOUT, about | {"met": {"mine": met}})
+        board = standings.load([folder])
+        about_it = dict(page.environment(board))["mine"]
+        words[str(met)] = " ".join([page.history(board), *page._problem(board, "tiny", []).text, about_it])
+    unknown, fresh, stale = words.values()
+    assert "may be wrong, for mine" in unknown
+    assert unknown.endswith("meta-trained on: unknown")
+    assert "was checked for mine" in fresh
+    assert "has met" not in fresh
+    assert "mine has met fashion10k in meta-training" in stale
 
 
 def test_profile_by_hand(board):
@@ -668,6 +999,31 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "s/sweep.svg").read_text().startswith("<svg")
 
 
+def test_a_crash_in_a_sweep_is_a_result(tmp_path, monkeypatch, capsys):
+    def crashing(num_steps):
+        raise RuntimeError("out of luck")
+
+    bad = entrants.resolve("tests.test_evaluation:plain_sgd")._replace(name="bad")
+    bad = bad._replace(contender=bad.contender._replace(make=crashing))
+    todo = [TINY._replace(note="dim 4")]
+    first, second = sweep.lines(todo, [bad, entrants.resolve("tests.test_evaluation:plain_sgd")], 1, lambda text: None)
+    assert first.error.startswith("crashed: ")
+    assert np.isinf(first.finals).all()
+    assert np.isfinite(second.finals).all()
+    record = {"axis": "width", "values": [4], "problems": [TINY._asdict()], "command": "c"}
+    text = sweep.as_markdown(record, [first, second])
+    assert "| bad | crashed |" in text
+    assert f"bad: {first.error}" in text
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(sweep, "sweep", interrupted)
+    assert cli.main(["sweep", "--axis", "width", "--optimizers", "adamw", "--out", str(tmp_path / "s")]) == 130
+    assert "nothing was kept" in capsys.readouterr().err
+
+
 def test_a_sweep_over_widths_in_mup():
     todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
     assert [one.settings["mup_base"] for one in todo] == [(4, 4), (4, 4)]
@@ -743,6 +1099,21 @@ def test_the_cost_of_a_tuning_is_printed_and_fits(monkeypatch, capsys):
         assert len(todo) == len(suites.SUITES[suite]) * (12 + 2 + 2)
         assert f"{len(todo)} cells" in capsys.readouterr().out.splitlines()[-1]
         assert session.seconds(todo) / 2 <= hours * 3600  # on two cores
+
+
+def test_costs_count_compiling_once_a_task_and_what_a_dear_optimizer_takes():
+    problems = [TINY, TINY._replace(name="other")]
+    todo = session.jobs(problems, [entrants.resolve(name) for name in ("adamw", "muon")])
+    found = session.costs(todo)
+    alone = [job.updates * job.cell.problem.ms / 1e3 for job in todo]
+    dear = suites.RELATIVE_MS["muon"]
+    assert dear > 1.3
+    # AdamW at T, T/2 and T/3, Muon; the same of the other; and once, when nothing compiled is left.
+    compiled = [1, 0, 0, 1, 1, 0, 0, 1, 1, 1]
+    factors = [1, 1, 1, dear, 1, 1, 1, dear, 1, 1]
+    expected = [x * f + session.COMPILE_SECONDS * c for x, f, c in zip(alone, factors, compiled, strict=True)]
+    np.testing.assert_allclose(found, expected)
+    assert session.seconds(todo) == sum(found)
 
 
 def test_updates_count_what_is_run():
