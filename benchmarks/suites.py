@@ -24,6 +24,7 @@ from meta_test import compare, entrants, runs, tuning
 from meta_test.cost import run_flops
 from meta_test.suites import DEFAULT_BASELINES, PROBES, SUITES, Problem
 
+DEAR = ("shampoo",)  # besides the default ones
 RUNS, REPEATS, LEAST = 24, 3, 0.15  # runs asked for, timings, seconds of a timing
 
 
@@ -55,7 +56,7 @@ def timed(program: runs.Program, one: dict) -> float:
 
 def relative() -> dict[str, float]:
     """Optimizer -> its step over AdamW's, by tuning's own programs at default hyper-parameters."""
-    found: dict[str, list[float]] = {name: [] for name in DEFAULT_BASELINES}
+    found: dict[str, list[float]] = {name: [] for name in (*DEFAULT_BASELINES, *DEAR)}
     for problem in SUITES["mini"]:
         if problem.name not in PROBES:
             continue

@@ -238,8 +238,8 @@ BASELINES: tuple[Baseline, ...] = (
         lambda lr, **h: optax.adafactor(lr, **h),
         {"lr": rate(0.01, 1e-3, 1.0), "decay_rate": Space(0.5, 1.0, False, 0.8)},
         source="Shazeer & Stern (2018), arXiv:1804.04235",
-        notes="relative steps: lr multiplies the tensor's RMS; factored from 128 rows and columns on: below, as on all of "
-        "mini, it keeps the full second moment",
+        notes="relative steps: lr multiplies the tensor's RMS; factored from 128 rows and columns on: below, as on all "
+        "of mini, it keeps the full second moment",
     ),
     define(
         "lamb",
@@ -321,8 +321,8 @@ BASELINES: tuple[Baseline, ...] = (
         lambda lr, **h: contrib.muon(lr, adam_learning_rate=lr, consistent_rms=0.2, **h),
         {"lr": ADAM_LR, "beta": average(0.95), "weight_decay": decay()},
         source="Jordan et al. (2024), kellerjordan.github.io/posts/muon; Liu et al. (2025), arXiv:2502.16982",
-        notes="matrices only, their step's RMS .2 lr, as Adam's is, which tensors of any other rank get at the same lr: "
-        "biases, and convolutions, so that on cnn and resnet it is Adam but for the last layer",
+        notes="matrices only, their step's RMS .2 lr, as Adam's is, which tensors of any other rank get at the same "
+        "lr: biases, and convolutions, so that on cnn and resnet it is Adam but for the last layer",
     ),
     define(
         "prodigy",
