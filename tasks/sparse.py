@@ -117,6 +117,7 @@ def linear_model(
         name=f"{family}({rows}x{columns}, {nonzeros} nonzeros, strength 10^{log10_strength[0]:g} to "
         f"10^{log10_strength[1]:g}, shift to {shift[1]:g}, noise {noise:g})",
         init_loss=init_loss,
+        deterministic=noise == 0.0,
         composite=Composite(
             smooth=noisy,
             penalty=lambda phi: (phi.strength,),
