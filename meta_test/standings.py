@@ -188,7 +188,8 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
         failed = Row(label, optimizer, kind, part, record["status"], record.get("error", ""))
         small = (TEN, ONE) if search == "grid" and part == 1 else ()  # which it would have given too
         return [failed, *(failed._replace(label=f"{label}, {budget}", budget=budget) for budget in small)]
-    out, edges = [], dict[str, Sequence[str]]({split: ends(record, split) for split in CURVES})
+    out: list[Row] = []
+    edges: dict[str, Sequence[str]] = {split: ends(record, split) for split in CURVES}
     given = record["inputs"]
     for budget, row in record["rows"].items():
         losses: dict[str, Any] = {split: cells.array(row["losses"][split])[:seeds] for split in CURVES}
