@@ -147,7 +147,8 @@ def write_report(folders: Sequence[Path], out: Path, seeds: int | None) -> int:
     write(out, files)
     for total in totals:
         low, high = total.interval["validation"]
-        print(f"{total.label:32} {total.iqm['validation']:6.2f}× [{low:.2f}, {high:.2f}]  mean rank {total.rank:4.1f}")
+        rank = f"mean rank {total.rank:4.1f}" if total.rank > 0 else ""
+        print(f"{total.label:32} {total.iqm['validation']:6.2f}× [{low:.2f}, {high:.2f}]  {rank}".rstrip())
     print(f"IQM of the validation speed-up over tuned {session.REFERENCE}, 95 % intervals over seeds")
     print(f"written to {out}: {', '.join(files)}")
     return 0

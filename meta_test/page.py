@@ -156,13 +156,13 @@ def _by_rank(total: Total) -> Any:
 
 def not_run(board: Board) -> str:
     """Which optimizers were not run on which problems, if there are any; totals are over the others."""
-    labels, out = board.labels(), []
-    for label in labels:
-        without = [p.name for p in board.problems if label not in board.rows[p.name]]
+    out = []
+    for problem in board.problems:
+        without = [label for label in board.labels() if label not in board.rows[problem.name]]
         if without:
-            out.append(f"{label} on {', '.join(without)}")
+            out.append(f"on {problem.name} {'; '.join(without)}")
     skipped = {row.label for rows in board.rows.values() for row in rows.values() if row.status == "skipped"}
-    words = f"What follows is over the tasks on which all were run; not run: {'; '.join(out)}. " if out else ""
+    words = f"What follows is over the tasks on which all were run; not run: {' – '.join(out)}. " if out else ""
     if skipped:
         words += f"Not in the totals, since undefined on minibatches: {', '.join(sorted(skipped))}. "
     return words

@@ -228,8 +228,9 @@ def test_a_sweep_chooses_on_validation_loss(monkeypatch):
     np.testing.assert_allclose(line.finals, np.full((2, 2), 1 + math.log(near(0.0123) / 0.0123) ** 2))
 
 
-def test_a_bench_is_a_plain_loop():
+def test_a_bench_is_a_plain_loop(monkeypatch):
     """Rates, decays and schedules of SGD against optax in a loop of one's own."""
+    monkeypatch.setattr(tuning, "RUNS", 2)  # on two devices of eight: four chunks, and less to compile
     task, num_steps = tasks.make("quadratic", dim=4, log10_noise=(-1.0, -0.5)), 20
     points = [
         Point({"lr": lr, "weight_decay": decay}, schedule)
@@ -532,6 +533,7 @@ def test_more_seeds_are_told_what_they_cost(tmp_path, capsys):
 
 def test_line_searches_run_where_nothing_is_random(tmp_path, monkeypatch):
     """And the property is true: two keys, one value."""
+    monkeypatch.setattr(tuning, "RUNS", 1)
     for noise, status in ((None, "done"), ((-3.0, -1.0), "skipped")):
         task = tasks.make("quadratic", dim=4, log10_noise=noise)
         phi = task.sample(jax.random.key(0))
@@ -768,7 +770,7 @@ def test_what_was_not_run_is_neither_a_crash_nor_divergence(tmp_path):
     assert (found.missing, found.failed, found.diverged, adamw.missing) == (1, 0, 0.0, 0)
     np.testing.assert_allclose(found.iqm["validation"], 120 / 70)  # with a 0 for the other it would be half of that
     assert found.win == 1.0
-    assert "not run: mine on other" in page.not_run(board)
+    assert "not run: on other mine" in page.not_run(board)
     table = page._totals([adamw, found])
     line = dict(zip(table.header, table.rows[1], strict=True))
     assert [line[f"{word}, tasks"].text for word in ("crashed", "not run")] == ["0", "1"]
@@ -986,6 +988,7 @@ def test_run_report_and_resume(tmp_path, monkeypatch, capsys):
 
 def test_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(tuning, "RUNS", 2)
     monkeypatch.setattr(sweep, "settings_at", lambda family, axis, value: {"dim": value})
     monkeypatch.chdir(Path(__file__).parents[1])
     command = ["sweep", "--axis", "width", "--family", "quadratic", "--values", "4,8", "--steps", "10", "--seeds", "2"]
@@ -1000,6 +1003,8 @@ def test_sweep(tmp_path, monkeypatch, capsys):
 
 
 def test_a_crash_in_a_sweep_is_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "RUNS", 1)
+
     def crashing(num_steps):
         raise RuntimeError("out of luck")
 
@@ -1024,7 +1029,8 @@ def test_a_crash_in_a_sweep_is_a_result(tmp_path, monkeypatch, capsys):
     assert "nothing was kept" in capsys.readouterr().err
 
 
-def test_a_sweep_over_widths_in_mup():
+def test_a_sweep_over_widths_in_mup(monkeypatch):
+    monkeypatch.setattr(tuning, "RUNS", 1)
     todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
     assert [one.settings["mup_base"] for one in todo] == [(4, 4), (4, 4)]
     made = [tasks.make(one.family, **one.settings) for one in todo]
