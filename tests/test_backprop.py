@@ -22,8 +22,9 @@ CLOCK = ("nn_adam", {"lstm_hidden": 4})
 @pytest.mark.parametrize(
     ("name", "of"),
     [
-        ("truncated_backprop", TINY),
+        ("truncated_backprop", CLOCK),
         ("full_backprop", CLOCK),
+        pytest.param("truncated_backprop", TINY, marks=pytest.mark.slow),
         pytest.param("full_backprop", TINY, marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],

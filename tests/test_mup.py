@@ -117,7 +117,9 @@ def slopes(optimizer, parametrisation):
     return np.abs(check.slopes(check.changes(optimizer, parametrisation, seeds=1)))
 
 
-@pytest.mark.parametrize("optimizer", check.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(one, marks=() if one == "mulo" else pytest.mark.slow) for one in check.OPTIMIZERS]
+)
 def test_what_training_changes_does_not_depend_on_the_width(optimizer):
     assert max(slopes(optimizer, "muP")) < FLAT
     assert max(slopes(optimizer, "standard")) > SLOPED

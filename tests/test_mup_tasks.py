@@ -97,7 +97,7 @@ def slopes(name: str, widths: tuple[int, ...], *, base: bool = True, adapted: bo
     return np.abs(np.polyfit(np.log2(widths), np.log2(np.stack(found)), 1)[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_what_training_changes_does_not_depend_on_the_width(name):
     widths = (128, 512)
     assert max(slopes(name, widths)) < flat(name)

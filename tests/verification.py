@@ -21,7 +21,7 @@ from lopt import rules  # noqa: E402
 
 HEAD = """# What is verified
 
-Made by `make test && LOPT_SHARED=../shared .venv/bin/python -m tests.verification` from the results of the tests.
+Made by `make test-all && LOPT_SHARED=../shared .venv/bin/python -m tests.verification` from the results of the tests.
 """
 
 
