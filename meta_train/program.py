@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import tasks
 from lopt import rules
 from lopt.base import LearnedOptimizer, unknown
 from lopt.console import compiler_options
-from lopt.pretrained import named_leaves, read
+from lopt.pretrained import CONFIG, find, named_leaves, read
 from meta_train import config as cfg
 from meta_train import distributed, draws, meta_optimizer, placement, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
@@ -126,10 +127,20 @@ def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation:
 
 
 def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | None:
-    """Theta of `init_from`, or None. Raises ValueError if it is another rule's or of another shape."""
+    """Theta of `init_from`, or None.
+
+    Raises ValueError if it is another rule's or of another shape, or if it has met what is held out.
+    """
     if not run.init_from:
         return None
-    other, theta = read(start or run.init_from)
+    source = start or run.init_from
+    other, theta = read(source)
+    came = json.loads((find(source) / CONFIG).read_text()).get("provenance", {})
+    if came.get("run", {}).get("allow_held_out") and not run.allow_held_out:
+        raise ValueError(
+            f"config.init_from: {run.init_from} was meta-trained with --allow-held-out; valid: another start, or "
+            "--allow-held-out here too, after which no score on the held-out suite means anything."
+        )
     ours, theirs = (
         {name: x.shape for name, x in named_leaves(t).items()}
         for t in (jax.eval_shape(rule.init_theta, jax.random.key(0)), theta)

@@ -327,7 +327,8 @@ def wrap(task: Task, wrappers: Sequence[tuple[str, Mapping[str, Any]]]) -> Task:
         for setting in settings:
             if setting not in valid:
                 raise ValueError(f"tasks.augment: {name} has no setting {setting!r}.{near(setting, valid)}")
-        task = AUGMENTATIONS[name](task, **settings)
+        # What a wrapper makes of a loss or its gradient is no longer smooth part plus penalty, and it may draw.
+        task = AUGMENTATIONS[name](task, **settings)._replace(composite=None, deterministic=False)
     return task
 
 

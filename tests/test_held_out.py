@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lopt
 import tasks
 from meta_train import config as cfg
-from meta_train import groups
+from meta_train import groups, loop
 from tasks import DEV, HELD_OUT, REGISTRY, Source, Task, data, held_out
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +213,20 @@ def test_a_rewritten_assert_does_not_lead_to_all_tests():
         return 0.0
 
     assert len(list(held_out._reach(loss))) < 10
+
+
+def test_what_met_the_held_out_does_not_start_a_run_that_says_otherwise(tmp_path):
+    rule = lopt.rules.make("nn_adam")
+    run = cfg.Run("x", (cfg.Group("quadratic", {"dim": 2}),), rule="nn_adam", init_from=str(tmp_path / "a"))
+    for allowed in (True, False):
+        came = {"run": dataclasses.replace(run, init_from="", allow_held_out=allowed).to_json()}
+        lopt.save(tmp_path / "a", rule, rule.init_theta(jax.random.key(0)), provenance=came, card="x")
+        if allowed:
+            with pytest.raises(ValueError, match="was meta-trained with --allow-held-out"):
+                loop.build(run)
+            loop.build(dataclasses.replace(run, allow_held_out=True))
+        else:
+            loop.build(run)
 
 
 def test_data_is_recognised_inside_closures():

@@ -510,6 +510,12 @@ def test_instances_have_the_structure_they_say(family):
             tasks.make(family, **settings)
 
 
+def test_a_wrapped_task_has_no_structure():
+    """Or a rule with a proximal operator would be given a gradient past the wrapper."""
+    assert tasks.make("lasso", augment=[("scale_loss", {"decades": 1})]).composite is None
+    assert tasks.make("lasso").composite
+
+
 @pytest.mark.parametrize("name", ["l2o_pa", "l2o_dm"])
 def test_an_inner_step_gives_each_rule_its_gradient(name):
     """With a proximal operator that of the smooth part; without a subgradient of the whole."""
