@@ -7,6 +7,7 @@ weights, where they come from) and `README.md` (the card).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -95,6 +96,8 @@ def load(
     mesh: Any = None,
     specs: Any = None,
     accumulators: str = "float32",
+    prox: Any = None,
+    lipschitz: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A pretrained optimizer as an optax transform.
 
@@ -111,6 +114,8 @@ def load(
       mesh: of sharded parameters, each device then updates its part; or None.
       specs: tree like params of `PartitionSpec`s, with `mesh`.
       accumulators: "float32", or "bfloat16" for half the state.
+      prox: of a rule with a proximal operator (l2o_pa) the penalty, of `lopt.prox`; None for none.
+      lipschitz: of such a rule the Lipschitz constant of the smooth part's gradient; None for 1.
 
     Raises:
       ValueError: if the name is unknown, a file is missing or damaged, or an argument is wrong.
@@ -123,6 +128,12 @@ def load(
     (2, 3)
     """
     rule, theta = read(name)
+    given = {"prox": prox, "lipschitz": lipschitz}
+    proximal = {key: value for key, value in given.items() if value is not None}
+    if proximal and "prox" not in inspect.signature(rule.bind).parameters:
+        raise ValueError(
+            f"lopt.load: {', '.join(proximal)} for {rule.name}; valid: none, as it has no proximal operator."
+        )
     return rule.bind(
         theta,
         num_steps=num_steps,
@@ -136,6 +147,7 @@ def load(
         mesh=mesh,
         specs=specs,
         accumulators=accumulators,
+        **proximal,
     )
 
 

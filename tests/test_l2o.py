@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import lopt
 import tasks
 from lopt import prox, proximal, rules
 from lopt.features import Layer
@@ -442,6 +443,20 @@ def test_bad_input_is_refused(committed):
     ):
         with pytest.raises(ValueError, match=message):
             method(**settings)
+
+
+def test_an_artifact_is_loaded_with_its_penalty(tmp_path):
+    rule = rules.make("l2o_pa", hidden=4)
+    theta = rule.init_theta(jax.random.key(0))
+    lopt.save(tmp_path / "a", rule, theta, provenance={}, card="x")
+    y, g = jnp.array([0.5, -1.0, 2.0]), jnp.array([0.3, 0.1, -0.2])
+    told = {"prox": prox.l1(0.3), "lipschitz": 2.0}
+    both = lopt.load(tmp_path / "a", **told), rule.bind(theta, **told)
+    ours, theirs = (tx.update(g, tx.init(y), y)[0] for tx in both)
+    np.testing.assert_array_equal(ours, theirs)
+    assert not np.allclose(ours, rule.bind(theta).update(g, rule.bind(theta).init(y), y)[0])
+    with pytest.raises(ValueError, match="prox for tiny; valid: none"):
+        lopt.load("quickstart", num_steps=9, prox=prox.l1(0.3))
 
 
 @pytest.mark.parametrize("penalty", ["group_l1", "nuclear"])
