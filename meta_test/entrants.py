@@ -44,6 +44,10 @@ class Entrant(NamedTuple):
     known: bool = True  # all of its code is ours
     artifact: str = ""  # that a learned one was read from
 
+    def runs_on(self, task: tasks.Task) -> bool:
+        """Whether it is defined on the task's loss."""
+        return task.deterministic or not self.deterministic_only
+
     @property
     def tuned(self) -> bool:
         return bool(self.space)

@@ -147,7 +147,7 @@ def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any)
         "cell": [cell.problem.name, cell.optimizer, cell.search, cell.part],
         "jax": jax.__version__,
     }
-    if job.entrant.deterministic_only and not bench.task.deterministic:
+    if not job.entrant.runs_on(bench.task):
         return record | {"status": "skipped", "error": "needs a loss without minibatches"}
     try:
         return record | tuning.tune(bench, cell, seeds, point)
@@ -259,7 +259,7 @@ def timings(problems: Sequence[Problem], entrants: Sequence[Entrant], say: Calla
         task, out[problem.name] = tasks.make(problem.family, **problem.settings), {}
         say(f"timing {problem.name}: {len(entrants)} optimizers")
         for entrant in entrants:
-            if entrant.deterministic_only and not task.deterministic:
+            if not entrant.runs_on(task):
                 continue
             try:
                 out[problem.name][entrant.name] = measure(entrant, task, problem.num_steps)._asdict()

@@ -125,7 +125,7 @@ def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Call
     for entrant in who:
         name = f"{entrant.name}, muP" if scaled else entrant.name
         finals, chosen, error = np.full((len(todo), seeds), np.inf), "untuned", ""
-        if entrant.deterministic_only and not all(task.deterministic for task in made):
+        if not all(map(entrant.runs_on, made)):
             error = "skipped: needs a loss without minibatches"
         try:
             point = tuning.Point({}, "constant")

@@ -128,6 +128,9 @@ def make_inner(
     value_and_grad = task.value_and_grad or jax.value_and_grad(task.loss)
     # A rule with a proximal operator sees the smooth part's gradient; any other a subgradient of the whole.
     composite = task.composite if "prox" in inspect.signature(rule.bind).parameters else None
+    if composite:
+        smooth = jax.grad(composite.smooth)
+        value_and_grad = lambda *args: (task.loss(*args), smooth(*args))  # noqa: E731
 
     def bind(theta: Any, num_steps: Any, phi: Any) -> optax.GradientTransformationExtraArgs:
         more = {}
@@ -170,8 +173,7 @@ def make_inner(
             grads, grad_state = task.grad_transform.update(grads, grad_state, particle.params)
         extra = {}
         if composite:
-            smooth = jax.grad(lambda params: composite.smooth(params, loss_key, particle.phi, batch))
-            grads, extra = smooth(particle.params), {"grad_fn": smooth}
+            extra["grad_fn"] = lambda params: smooth(params, loss_key, particle.phi, batch)
         tx = bind(theta, particle.horizon, particle.phi)
         updates, opt_state = tx.update(grads, particle.opt_state, particle.params, value=value, **extra)
         params = optax.apply_updates(particle.params, updates)

@@ -113,7 +113,7 @@ def trajectory(z, name, steps, dtype):
     W, b = instances(z, names, dtype)
     n = W.shape[-1]
     memory = start(z, run, len(names), n, dtype)
-    lipschitz = jnp.asarray(l2o_pa.SAFE / z[f"{run}/step"], dtype)
+    lipschitz = jnp.asarray(proximal.SAFE / z[f"{run}/step"], dtype)
     r = prox.l1(RHO)
 
     def one(W, b, memory, lipschitz):
@@ -230,7 +230,7 @@ def test_recorded_meta_gradients(committed):
         theta = theta_of(z, rule, "pa_random", np.float64)
         W, b = instances(z, TOYS, np.float64)
         n, r = W.shape[-1], prox.l1(RHO)
-        lipschitz = jnp.asarray(l2o_pa.SAFE / z["pa_random_lasso/step"])
+        lipschitz = jnp.asarray(proximal.SAFE / z["pa_random_lasso/step"])
 
         def segment(theta, y, leaves):
             """Mean over 20 steps and the instances of F at y; where it ends."""

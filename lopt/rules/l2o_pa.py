@@ -27,6 +27,7 @@ import optax
 from lopt import prox as penalties
 from lopt.base import LearnedOptimizer, positive, unknown
 from lopt.features import Layer, init_mlp
+from lopt.proximal import SAFE
 from lopt.transform import Arithmetic, State, define
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ PARTS = {
 OFF = {"p": 1.0, "a": 0.0, "b": 1.0, "b1": 0.0, "b2": 0.0}
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 LAYERS = 2
-SAFE = 0.9999  # of the largest step that gradient descent allows
 
 
 class Recurrent(NamedTuple):
