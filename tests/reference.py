@@ -518,6 +518,13 @@ class Tiny(Rule):
         fraction = min(self.t / self.num_steps, 1)
         return self.lr * (0.5 * (1 + np.cos(np.pi * fraction)) if self.schedule == "cosine" else 1.0)
 
+    def pace(self, a: Averages, p) -> float:
+        sizes = [np.sqrt(mean_square(m * rsqrt(a.v + 1e-16)) + 1e-12) for m in a.m] + [np.sqrt(mean_square(p))]
+        logs = [np.log(max(x, 1e-3)) / 3 for x in sizes]
+        x = np.array([min(self.t / self.num_steps, 1), np.log1p(self.t) / 7, *logs, float(p.ndim == 1)])
+        (w, b), (out, shift) = self.theta.pace
+        return (np.tanh(x @ w + b) @ out + shift)[0]
+
     def update(self, k, g, p):
         averages = self.averages(k, p)
         averages.add(g)
@@ -525,7 +532,10 @@ class Tiny(Rule):
         time = [min(self.t / self.num_steps, 1), np.log1p(self.t) / 7]
         direction = network(self.theta.mlp, xs, time)[..., 0] + network([(self.theta.skip, 0.0)], xs, time)
         direction = normalised([np.where(averages.v > 0, direction, 0)], 1e-12)[0]
-        size = self.step_mult * np.exp(self.theta.log_step) * max(np.sqrt(mean_square(p)), self.min_rms)
+        log_step = self.theta.log_step
+        if self.theta.pace:
+            log_step = log_step + self.pace(self.corrected(averages), p)
+        size = self.step_mult * np.exp(log_step) * max(np.sqrt(mean_square(p)), self.min_rms)
         return -self.rate() * (size * direction + self.weight_decay * p)
 
 

@@ -19,7 +19,8 @@ from lopt import rules
 
 SHAPES = {"mat": (8, 5), "vec": (8,), "conv": (3, 3, 2, 4), "sq": (6, 6), "s": (), "r5": (2, 1, 3, 2, 3)}
 STEPS = 40
-IN_THETA = ("hidden", "learned_decays", "lstm_hidden", "bank", "lr0")  # settings that the reference sees in theta
+# Settings that the reference sees in theta.
+IN_THETA = ("hidden", "pace", "learned_decays", "lstm_hidden", "bank", "lr0")
 LSTM = 4e-4  # VeLO's statistics are logarithms of differences, its loss features their quotients
 NEWTON = 1e-4  # Newton–Schulz multiplies what is small, and its rounding, by 3.4445 at each iteration
 REFERENCES = dict(
@@ -120,6 +121,7 @@ CASES = {
         dict(lr=0.7, schedule="constant", num_steps=20),
         "vec s sq",
     ),
+    "tiny, paced": Case("tiny", dict(hidden=4, pace=8), dict(num_steps=100), "mat vec s"),
     "nn_adam, LSTM": Case("nn_adam", dict(lstm_hidden=8, lr0=0.01), dict(lr=0.5, weight_decay=0.1)),
 }
 
@@ -346,6 +348,15 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "tiny: no bias correction": ("tiny", Patch(R.Tiny, "corrected", lambda f: lambda self, averages: averages)),
     "tiny: step_mult of its default": ("tiny, clipped", dict(step_mult=0.03)),
     "tiny: min_rms ignored": ("tiny, clipped", dict(min_rms=0.0)),
+    "tiny: not paced": ("tiny, paced", Patch(R.Tiny, "pace", lambda f: lambda self, averages, p: 0.0)),
+    "tiny: paced by raw averages": (
+        "tiny, paced",
+        Patch(R.Tiny, "corrected", lambda f: lambda self, averages: averages),
+    ),
+    "tiny: paced without rank": (
+        "tiny, paced",
+        Patch(R.Tiny, "pace", lambda f: lambda self, a, p: f(self, a, p[None])),
+    ),
     "tiny: clip of its default": ("tiny, clipped", dict(clip=5.0)),
     **{
         f"{case}: {key} of its default": (case, {key: None})

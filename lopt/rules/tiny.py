@@ -5,12 +5,14 @@ Source: ours, after Moudgil et al. (2026), Celo2, arXiv:2602.19142. The only thi
 Differs from Celo2: momenta are bias-corrected, features include the time, each is clipped after
 normalisation, a linear skip connection starts at the hand-set direction m·rsqrt(v), and a step is
 step_mult · exp(log_step) · schedule(t/T) · max(rms(p), min_rms) long in root mean square, so no learning rate is
-needed and every tensor, of whatever rank, goes through the network.
+needed and every tensor, of whatever rank, goes through the network. With `pace` a second network, of a few numbers of
+the tensor, adds to log_step: among them how much of m·rsqrt(v) noise has averaged away, which a direction of fixed
+length no longer tells.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,37 @@ from lopt.tensor import Scaled
 from lopt.transform import Arithmetic, define
 
 INPUTS = 17  # per element; t/T and log t are added
-HAND_SET = 6  # the input m·rsqrt(v) of decay .9
+SIGNALS = slice(6, 9)  # the inputs m·rsqrt(v)
+HAND_SET = 6  # that of decay .9
+PACE_INPUTS = 7  # of a tensor
+SMALLEST = 1e-3  # of what has a logarithm taken
 
 
 class Theta(NamedTuple):
     mlp: tuple[F.Layer, ...]
     skip: jax.Array  # [19] the direction's linear part; starts at the momentum of decay .9 times rsqrt(v)
     log_step: jax.Array  # () natural logarithm of a factor of step_mult; starts at 0
+    pace: tuple[F.Layer, ...] = ()  # adds to log_step; starts near 0
+
+
+def condition(signals: jax.Array, rms: jax.Array, rank: int, told: Any) -> jax.Array:
+    """The inputs of `pace`, [PACE_INPUTS].
+
+    Args:
+      signals: [3] root mean squares over the tensor of m·rsqrt(v), one a momentum; 1 where gradients agree.
+      rms: () of the parameters.
+      rank: of the tensor.
+      told: count and num_steps.
+    """
+    t = told.count.astype(jnp.float32)
+    low = [jnp.log(jnp.maximum(x, SMALLEST)) / 3 for x in (*signals, rms)]
+    return jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7, *low, jnp.float32(rank == 1)])
+
+
+def length(layers: tuple[F.Layer, ...], x: jax.Array) -> jax.Array:
+    """What `pace` adds to log_step, () of [PACE_INPUTS]."""
+    hidden, last = layers
+    return (jnp.tanh(x @ hidden.w + hidden.b) @ last.w + last.b)[0]
 
 
 def inputs(
@@ -57,6 +83,7 @@ def inputs(
 def tiny(
     *,
     hidden: int = 8,
+    pace: int = 0,
     step_mult: float = 0.03,
     min_rms: float = 0.02,
     clip: float = 5.0,
@@ -67,6 +94,7 @@ def tiny(
 
     Args:
       hidden: width of both hidden layers (8: 261 meta-parameters).
+      pace: width of the hidden layer of the network that sets the length of a tensor's step (8: 73 more); 0: none.
       step_mult: length of a step in units of the tensor's root mean square.
       min_rms: the least root mean square a tensor is taken to have (biases start at 0).
       clip: normalised features are clipped to ± this.
@@ -78,6 +106,8 @@ def tiny(
     Raises:
       ValueError: on an argument out of range.
     """
+    if pace < 0:
+        raise ValueError(f"tiny: pace, got {pace}; valid: >= 0.")
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
     decays = F.decays("tiny", momenta, second_moment, (second_moment,) * 3)._replace(factored=(second_moment,))
 
@@ -86,7 +116,11 @@ def tiny(
         # The hand-set direction alone at first: meta-training starts from an optimizer that works.
         mlp = (*layers, last._replace(w=0.1 * last.w))
         skip = jnp.zeros(INPUTS + 2, jnp.float32).at[HAND_SET].set(1.0)
-        return Theta(mlp, skip, jnp.zeros((), jnp.float32))
+        log_step = jnp.zeros((), jnp.float32)
+        if not pace:
+            return Theta(mlp, skip, log_step)
+        *layers, last = F.init_mlp(jax.random.fold_in(key, 1), (PACE_INPUTS, pace, 1))
+        return Theta(mlp, skip, log_step, (*layers, last._replace(w=0.1 * last.w)))
 
     def init_leaf(leaf, p):
         acc = F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
@@ -113,13 +147,18 @@ def tiny(
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
             rms = F.safe_sqrt(tensor.mean_square())
-            size = step_mult * jnp.exp(theta.log_step) * jnp.maximum(rms, min_rms)
+            log_step = theta.log_step
+            if pace:
+                signals = 1 / scales[SIGNALS].reshape(-1)
+                log_step += length(theta.pace, condition(signals, rms, len(tensor.leaf.shape), told))
+            size = step_mult * jnp.exp(log_step) * jnp.maximum(rms, min_rms)
             return F.move(tensor, direction, rows, Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12)))
 
         return Arithmetic(init_leaf, update, theta)
 
     settings = dict(
         hidden=hidden,
+        pace=pace,
         step_mult=step_mult,
         min_rms=min_rms,
         clip=clip,
