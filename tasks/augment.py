@@ -69,7 +69,8 @@ def reparametrise(task: Task, *, level: str = "tensor", decades: float = 1.0) ->
         value, grads = gradient(true(params, phi), key, phi.task, batch)
         return value, true(grads, phi)  # the chain rule
 
-    return inner._replace(
+    return changed(
+        inner,
         init=lambda key, phi: jax.tree.map(jnp.divide, task.init(key, phi.task), phi.drawn),
         loss=lambda params, key, phi, batch: task.loss(true(params, phi), key, phi.task, batch),
         metrics=metrics and (lambda params, key, phi, batch: metrics(true(params, phi), key, phi.task, batch)),
@@ -86,7 +87,8 @@ def scale_loss(task: Task, *, decades: float = 1.0) -> Task:
     def value_and_grad(params: Any, key: PRNGKeyArray, phi: Phi, batch: Any) -> tuple[Array, Any]:
         return jax.tree.map(lambda x: phi.drawn * x, gradient(params, key, phi.task, batch))
 
-    return inner._replace(
+    return changed(
+        inner,
         loss=lambda params, key, phi, batch: phi.drawn * task.loss(params, key, phi.task, batch),
         value_and_grad=task.value_and_grad and value_and_grad,
         name=f"{task.name} | loss times 10^±{decades:g}",
@@ -110,7 +112,7 @@ def noise_gradient(task: Task, *, ratio: float = 0.1) -> Task:
         ]
         return value, treedef.unflatten(noisy)
 
-    return task._replace(value_and_grad=value_and_grad, name=f"{task.name} | gradient noise {ratio:g}")
+    return changed(task, value_and_grad=value_and_grad, name=f"{task.name} | gradient noise {ratio:g}")
 
 
 def normalise_gradient(task: Task, *, level: str = "global") -> Task:
@@ -129,7 +131,7 @@ def normalise_gradient(task: Task, *, level: str = "global") -> Task:
         value, grads = gradient(params, key, phi, batch)
         return value, over(grads) if level == "global" else jax.tree.map(over, grads)
 
-    return task._replace(value_and_grad=value_and_grad, name=f"{task.name} | gradient normalised ({level})")
+    return changed(task, value_and_grad=value_and_grad, name=f"{task.name} | gradient normalised ({level})")
 
 
 def reduce_batch(task: Task, *, rows: int = 8) -> Task:
@@ -150,7 +152,7 @@ def reduce_batch(task: Task, *, rows: int = 8) -> Task:
         whole = task.batch(key, phi, data, split)
         return jax.tree.map(lambda leaf: leaf[:rows], whole) if split == "train" else whole
 
-    return task._replace(batch=batch, name=f"{task.name} | batch {rows}")
+    return changed(task, batch=batch, name=f"{task.name} | batch {rows}")
 
 
 def noise_labels(task: Task, *, share: float = 0.1) -> Task:
@@ -190,7 +192,7 @@ def noise_labels(task: Task, *, share: float = 0.1) -> Task:
         return jax.vmap(lambda batch: relabel(phi, batch))(clean) if split == "train" else clean
 
     name = f"{task.name} | label noise {share:g}"
-    return inner._replace(batch=batch, eval_batches=evaluated and eval_batches, name=name)
+    return changed(inner, batch=batch, eval_batches=evaluated and eval_batches, name=name)
 
 
 def _is_pair(rows: Any) -> bool:
@@ -249,8 +251,8 @@ def lower_precision(task: Task, *, dtype: str = "bfloat16") -> Task:
         value, grads = gradient(cast(params), key, cast(phi), cast(batch))
         return value.astype(jnp.float32), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-    return task._replace(
-        loss=loss, value_and_grad=task.value_and_grad and value_and_grad, name=f"{task.name} | {dtype}"
+    return changed(
+        task, loss=loss, value_and_grad=task.value_and_grad and value_and_grad, name=f"{task.name} | {dtype}"
     )
 
 
@@ -327,8 +329,7 @@ def wrap(task: Task, wrappers: Sequence[tuple[str, Mapping[str, Any]]]) -> Task:
         for setting in settings:
             if setting not in valid:
                 raise ValueError(f"tasks.augment: {name} has no setting {setting!r}.{near(setting, valid)}")
-        # What a wrapper makes of a loss or its gradient is no longer smooth part plus penalty, and it may draw.
-        task = AUGMENTATIONS[name](task, **settings)._replace(composite=None, deterministic=False)
+        task = AUGMENTATIONS[name](task, **settings)
     return task
 
 
@@ -353,9 +354,14 @@ def drawing(task: Task, draw: Callable[[PRNGKeyArray, Any], Any]) -> Task:
     )
 
 
+def changed(task: Task, **fields: Any) -> Task:
+    """The task with other fields: no longer a smooth part plus a penalty, and what changed it may draw."""
+    return task._replace(composite=None, deterministic=False, **fields)
+
+
 def _then(task: Task, transform: optax.GradientTransformation, what: str) -> Task:
     chained = optax.chain(task.grad_transform, transform) if task.grad_transform else transform
-    return task._replace(grad_transform=chained, name=f"{task.name} | {what}")
+    return changed(task, grad_transform=chained, name=f"{task.name} | {what}")
 
 
 def _gradient(task: Task) -> Callable[..., tuple[Array, Any]]:

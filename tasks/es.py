@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import tasks
-from tasks.augment import Phi, drawing
+from tasks.augment import Phi, changed, drawing
 from tasks.base import Task
 from tasks.space import Choice, LogFloat, LogInt
 from tasks.supervised import is_range, log_uniform, require_positive, require_range, spoken
@@ -78,7 +78,7 @@ def es(
         grads = unravel((plus - minus) @ noise / (2 * pairs * spread**2))
         return jnp.mean(0.5 * (plus + minus)), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-    return inner._replace(value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {spoken(std)})")
+    return changed(inner, value_and_grad=value_and_grad, name=f"es({inner.name}, {pairs} pairs, std {spoken(std)})")
 
 
 def _float32(leaf: Array) -> Array:

@@ -112,6 +112,7 @@ def synthetic(
         batch=batch,
         loss=loss,
         name=f"synthetic({function}, {dim}{', rotated' if rotate else ''}, noise {spoken(noise)})",
+        deterministic=not is_range(noise) and not noise,
     )
 
 

@@ -531,6 +531,29 @@ def test_more_seeds_are_told_what_they_cost(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "deterministic"),
+    [
+        ("synthetic", {"dim": 4}, True),
+        ("synthetic", {"dim": 4, "noise": 0.1}, False),
+        ("synthetic", {"dim": 4, "noise": (0.01, 0.1)}, False),
+        ("es", {"task": "quadratic", "settings": {"dim": 4, "log10_noise": None}, "pairs": 4}, False),
+        ("quadratic", {"dim": 4, "log10_noise": None, "augment": [("noise_gradient", {})]}, False),
+        ("lasso", {"rows": 4, "columns": 8, "nonzeros": 2}, True),
+    ],
+)
+def test_what_calls_itself_deterministic_has_one_gradient(family, settings, deterministic):
+    task = tasks.make(family, **settings)
+    phi = task.sample(jax.random.key(0))
+    params = task.init(jax.random.key(1), phi)
+    gradient = task.value_and_grad or jax.value_and_grad(task.loss)
+    (_, a), (_, b) = (
+        gradient(params, key, phi, task.batch(key, phi, task.data, "train"))
+        for key in jax.random.split(jax.random.key(2))
+    )
+    assert task.deterministic == deterministic == bool((a == b).all())
+
+
 def test_line_searches_run_where_nothing_is_random(tmp_path, monkeypatch):
     """And the property is true: two keys, one value."""
     monkeypatch.setattr(tuning, "RUNS", 1)

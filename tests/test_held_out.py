@@ -55,11 +55,13 @@ def elsewhere(settings) -> bool:
 def shipped_breaches(run: cfg.Run) -> list[str]:
     """What a shipped config may not do."""
     wrong = ["allows what is held out"] if run.allow_held_out else []
-    for group in run.groups:
+    for group in [*run.groups, *run.validation.tasks]:
         if elsewhere(dict(group.settings)):
             wrong.append(f"{group.family}: data of another source than the package")
         task = tasks.make(group.family, **group.settings)
-        wrong += held_out.touched(task) + held_out.touched(task, DEV)
+        wrong += held_out.touched(task)
+        wrong += held_out.touched(task, DEV) if group in run.groups else []  # recipes are chosen on it
+    wrong += ["chooses by a suite that judges"] if run.validation.suite in ("mini", "heldout") else []
     return wrong
 
 
@@ -76,7 +78,12 @@ def test_a_breach_would_be_seen():
         ("es", {"task": "image_mlp", "settings": {"data": "mnist", "source": "auto"}}),
     ):
         assert shipped_breaches(cfg.Run("x", (cfg.Group(family, settings),)))
-    assert shipped_breaches(cfg.Run("x", (cfg.Group("image_mlp"),), allow_held_out=True))
+    fine = cfg.Run("x", (cfg.Group("image_mlp"),))
+    assert not shipped_breaches(fine)
+    assert shipped_breaches(dataclasses.replace(fine, allow_held_out=True))
+    assert shipped_breaches(dataclasses.replace(fine, validation=cfg.Validation(suite="mini")))
+    seen = cfg.Validation(tasks=(cfg.Group("image_mlp", SMALL),))
+    assert shipped_breaches(dataclasses.replace(fine, validation=seen))
 
 
 @pytest.mark.parametrize("family", sorted(set(REGISTRY) - set(HELD_OUT.families)))

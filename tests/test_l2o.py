@@ -21,7 +21,7 @@ from lopt.rules import l2o_dm, l2o_pa, rnnprop
 from meta_test import cli
 from meta_test import l2o as judge
 from meta_train.inner import Horizon, make_inner
-from tasks import certified
+from tasks import augment, certified
 
 
 def weights(z, model, dtype):
@@ -528,6 +528,7 @@ def test_instances_have_the_structure_they_say(family):
 def test_a_wrapped_task_has_no_structure():
     """Or a rule with a proximal operator would be given a gradient past the wrapper."""
     assert tasks.make("lasso", augment=[("scale_loss", {"decades": 1})]).composite is None
+    assert augment.scale_loss(tasks.make("lasso")).composite is None
     assert tasks.make("lasso").composite
 
 
