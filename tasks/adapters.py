@@ -51,7 +51,8 @@ def from_functions(
       metrics: `(params, key, batch) -> dict of scalars`.
       name: for tables and messages.
 
-    Raises ValueError for a missing split, or rows of different numbers or layouts. `tasks.check` judges the functions.
+    Raises ValueError for a missing split, rows of different numbers or layouts, and functions that cannot be called so.
+    `tasks.check` judges what they compute.
     """
     require_positive(name, "batch_size", [batch_size])
     rows, splits, provenance = _rows(name, data)
@@ -69,8 +70,16 @@ def from_functions(
         size = min(stop - start, MAX_EVAL_ROWS) // count
         return jax.tree.map(lambda x: x[start : start + count * size].reshape(count, size, *x.shape[1:]), held)
 
+    arrays = jax.tree.map(jnp.asarray, rows)
+    params = _traced(name, "init", init, jax.random.key(0))
+    drawn = jax.eval_shape(lambda held: batch(jax.random.key(0), (), held, "train"), arrays)
+    value = _traced(name, "loss", loss, params, jax.random.key(0), drawn)
+    if jnp.shape(value):
+        raise ValueError(f"tasks: the loss of {name} is of shape {list(value.shape)}; valid: a scalar, e.g. the mean.")
+    if metrics is not None:
+        _traced(name, "metrics", metrics, params, jax.random.key(0), drawn)
     return Task(
-        data=jax.tree.map(jnp.asarray, rows),
+        data=arrays,
         sample=lambda key: (),
         init=lambda key, phi: init(key),
         batch=batch,
@@ -112,7 +121,7 @@ def from_linen(
         params_key, dropout_key = jax.random.split(key)
         return module.init({"params": params_key, "dropout": dropout_key}, jnp.asarray(example), **call)
 
-    state = sorted(set(_traced(name, variables)) - {"params"})
+    state = sorted(set(_traced(name, "init", variables, jax.random.key(0))) - {"params"})
     _refuse_state("from_linen", name, state)
 
     def apply(params: Any, key: PRNGKeyArray, x: Any) -> Any:
@@ -197,7 +206,7 @@ def from_haiku(
     def both(key: PRNGKeyArray) -> Any:
         return model.init(key, jnp.asarray(example), **call)
 
-    _, state = _traced(name, both)
+    _, state = _traced(name, "init", both, jax.random.key(0))
     _refuse_state("from_haiku", name, sorted(state))
 
     def apply(params: Any, key: PRNGKeyArray, x: Any) -> Any:
@@ -233,13 +242,13 @@ def _refuse_state(where: str, name: str, kinds: list[str]) -> None:
         raise ValueError(f"tasks.{where}: {name} has state besides its params: {listed}; valid: none, {STATEFUL}.")
 
 
-def _traced(name: str, function: Callable[[PRNGKeyArray], Any]) -> Any:
-    """The shapes of what a function of a key returns. Raises ValueError in one line for whatever it raises."""
+def _traced(name: str, what: str, function: Callable[..., Any], *given: Any) -> Any:
+    """The shapes of what a function returns. Raises ValueError in one line for whatever it raises."""
     try:
-        return jax.eval_shape(function, jax.random.key(0))
+        return jax.eval_shape(function, *given)
     except Exception as error:  # whatever a user's model raises
         line = " ".join(str(error).split())[:240]
-        raise ValueError(f"tasks: the init of {name} raised {type(error).__name__}: {line}") from error
+        raise ValueError(f"tasks: the {what} of {name} raised {type(error).__name__}: {line}") from error
 
 
 def _traced_model(name: str, make: Callable[[Any], Any]) -> Any:

@@ -239,6 +239,13 @@ def test_splits_of_ones_own_are_kept_apart():
     assert not held_out.touched(task)
 
 
+scalar = jax.random.normal  # an init
+
+
+def mean_of(params, key, batch):
+    return params * jnp.mean(batch[0])
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -256,6 +263,22 @@ def test_splits_of_ones_own_are_kept_apart():
         (lambda: build("functions", batch_size=0), r"batch_size, got \[0\]"),
         (lambda: tasks.from_linen(nn.Conv(3, (99, 99, 99)), cross_entropy, WINE, name="c"), "the init of c raised "),
         (lambda: tasks.from_nnx(lambda rngs: 1 / 0, cross_entropy, WINE, name="n"), "the init of n raised ZeroDiv"),
+        (
+            lambda: tasks.from_functions(lambda: 0.0, mean_of, WINE),
+            "the init of from_functions raised TypeError: .*takes 0",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, lambda p, b: 0.0, WINE, name="l"),
+            "the loss of l raised TypeError: .*takes 2",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, lambda p, k, b: b[0], WINE, name="v"),
+            r"the loss of v is of shape \[64, 13\]",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, mean_of, WINE, metrics=lambda p, b: {}, name="m"),
+            "the metrics of m raised",
+        ),
     ],
 )
 def test_faults_are_said(call, says):
