@@ -1,12 +1,17 @@
-# Two commands: `make train` meta-trains the quickstart and compares it with tuned AdamW, `make test` runs all tests.
+# `make train` meta-trains the quickstart and compares it with tuned AdamW, `make test` runs all tests.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-all chaos lint format clean
+.PHONY: train pretrain test test-all chaos lint format clean
 
 train: .venv/.installed
 	@$(BIN)/lopt-train quickstart
+
+# make pretrain NAME=lopt-tiny: the weights of checkpoints/lopt-tiny from nothing, into runs/lopt-tiny/artifact.
+pretrain: .venv/.installed
+	@test -n "$(NAME)" || { echo "valid: make pretrain NAME=$$(ls checkpoints | grep -v README | paste -sd'|')"; exit 2; }
+	@$(BIN)/lopt-train $(NAME)
 
 test: lint
 	@mkdir -p runs/tests

@@ -321,7 +321,7 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
 
 def command(run: Run) -> str:
     """The `lopt-train` command of a run: its named config, and the keys that were changed."""
-    if run.name not in named():
+    if module(run.name) not in named():
         return "lopt-train with the config under `provenance` in config.json"
     words, like = ["lopt-train", run.name], load(run.name)
     if len(run.groups) != len(like.groups):
@@ -370,14 +370,23 @@ def load(name: str) -> Run:
     if ":" in name or name.endswith(".py"):
         return _own(name)
     names = named()
-    if name not in names:
+    if module(name) not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}, a file that ends in .py, or "
             "module:name."
         )
-    return importlib.import_module(f"meta_train.configs.{name}").RUN
+    return importlib.import_module(f"meta_train.configs.{module(name)}").RUN
+
+
+def module(name: str) -> str:
+    """A config's file, by its name: that of weights, lopt-tiny, or the file's own.
+
+    >>> module("lopt-tiny")
+    'lopt_tiny'
+    """
+    return name.replace("-", "_")
 
 
 def _own(name: str) -> Run:

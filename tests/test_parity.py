@@ -10,6 +10,7 @@ import numpy as np
 import parity
 import pytest
 from conftest import SHARED
+from test_blocks import some_slow
 
 from lopt import features as F
 from lopt import transform
@@ -158,7 +159,7 @@ def test_a_wrong_variant_is_noticed(wrong, monkeypatch):
     assert parity.mismatch(name, shorter(name), jit=False) is not None
 
 
-@pytest.mark.parametrize("name", sorted({name for name, *_ in MUTANTS.values()}))
+@pytest.mark.parametrize("name", some_slow(sorted({name for name, *_ in MUTANTS.values()}), (SMALL, BASE, VELO)))
 def test_without_jit_nothing_differs(name):
     """Else the variants above might be noticed for the wrong reason."""
     assert parity.mismatch(name, shorter(name), jit=False) is None
