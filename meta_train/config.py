@@ -322,7 +322,7 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
 def command(run: Run) -> str:
     """The `lopt-train` command of a run: its named config, and the keys that were changed."""
     if module(run.name) not in named():
-        return "lopt-train with the config under `provenance` in config.json"
+        return "lopt-train config.json"  # the artifact's own
     words, like = ["lopt-train", run.name], load(run.name)
     if len(run.groups) != len(like.groups):
         words += [word for group in run.groups for word in ("--task", group.family)]
@@ -363,10 +363,15 @@ def named() -> dict[str, str]:
 
 
 def load(name: str) -> Run:
-    """A named config, or one's own: a file that defines RUN, or package.module:name of a Run or of what returns one.
+    """A named config, or one's own.
+
+    Of one's own: a file that defines RUN, package.module:name of a Run or of what returns one, or the config.json of a
+    run or of an artifact, which is run again.
 
     Raises ValueError listing the names, the nearest first, or saying what the file or the module does not hold.
     """
+    if name.endswith(".json"):
+        return _recorded(name)
     if ":" in name or name.endswith(".py"):
         return _own(name)
     names = named()
@@ -374,8 +379,8 @@ def load(name: str) -> Run:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}, a file that ends in .py, or "
-            "module:name."
+            f"lopt-train: unknown config {name!r}.{hint} valid: {', '.join(names)}, a file that ends in .py or .json, "
+            "or module:name."
         )
     return importlib.import_module(f"meta_train.configs.{module(name)}").RUN
 
@@ -387,6 +392,15 @@ def module(name: str) -> str:
     'lopt_tiny'
     """
     return name.replace("-", "_")
+
+
+def _recorded(path: str) -> Run:
+    """The config of a run or of an artifact. Raises ValueError where there is none."""
+    try:
+        tree = json.loads(Path(path).read_text())
+        return Run.from_json(tree["provenance"]["run"] if "provenance" in tree else tree)
+    except (OSError, TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"lopt-train: {path}: {e}; valid: the config.json of a run or of an artifact.") from e
 
 
 def _own(name: str) -> Run:

@@ -32,8 +32,9 @@ T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
-                                                      CONFIG is a named one, a file.py that defines RUN, or
-                                                      package.module:name of a Run
+                                                      CONFIG is a named one, a file.py that defines RUN,
+                                                      package.module:name of a Run, or the
+                                                      config.json of a run or of weights
        lopt-train --task package.module:function ...  the same with a task of one's own, by the quickstart's recipe
        lopt-train CONFIG ... --dry-run                shapes, memory, speed, how long it would take; writes nothing
        lopt-train CONFIG ... --profile                with a JAX trace of some meta-steps in the run directory

@@ -173,7 +173,7 @@ def test_a_config_of_ones_own_is_a_file_or_what_a_module_holds(tmp_path, monkeyp
     for name in (*names, "own_config_of_a_test:make", "folder/with-a-dash.py"):
         run = launch.parse(name, ["--seed", "5"]).run
         assert (run.name, run.meta_steps, run.seed) == ("mine", 7, 5)
-    assert cfg.command(run) == "lopt-train with the config under `provenance` in config.json"
+    assert cfg.command(run) == "lopt-train config.json"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,16 @@ def test_a_config_of_ones_own_is_a_file_or_what_a_module_holds(tmp_path, monkeyp
         ("empty.py", "", "lopt-train: empty.py: RUN, got NoneType; valid: a meta_train.config.Run"),
         ("no_such_module_of_a_test:RUN", None, "ModuleNotFoundError"),
         ("json:loads", None, "lopt-train: json:loads: TypeError"),
+        (
+            "none.json",
+            None,
+            "lopt-train: none.json: [Errno 2] No such file or directory: 'none.json'; valid: the config",
+        ),
+        (
+            "list.json",
+            "[1]",
+            "lopt-train: list.json: config, got [1]; valid: an object.; valid: the config.json of a run",
+        ),
         ("math:pi", None, "lopt-train: math:pi: pi, got float; valid: a meta_train.config.Run, or a function"),
     ],
 )
@@ -197,7 +207,8 @@ def test_what_is_no_config_is_named(capsys, tmp_path, monkeypatch, name, text, s
 @pytest.mark.parametrize("name", cfg.named())
 def test_every_config_builds(name):
     run = cfg.load(name)
-    assert run.name == name
+    assert cfg.module(run.name) == name
+    assert cfg.load(run.name) is run
     if len(run.groups) > 1:  # a large rule is traced for seconds in each group and stage; a small one fits them as well
         run = dataclasses.replace(run, rule="nn_adam", rule_settings={})
     assert launch._build(run).inner_steps > 0
@@ -213,6 +224,9 @@ def test_a_run_that_was_edited_is_not_resumed(capsys, tmp_path):
     run = tmp_path / "run"
     assert launch.main(["quickstart", *SMALL, *QUICK, "--out", str(run)]) == 0
     tree = json.loads((run / "config.json").read_text())
+    again = cfg.load(str(run / "config.json"))
+    assert json.loads(json.dumps(again.to_json())) == tree
+    assert cfg.load(str(run / "artifact/config.json")) == again
     for change in ({"rule_settings": {"lr0": 0.5}}, {"seed": 1}):
         (run / "config.json").write_text(json.dumps({**tree, **change}))
         capsys.readouterr()
