@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+CACHE = 1 << 16  # elements of the matrices that are worked on at a time
+EVERY, NEWTON = 100, 4  # steps between certificates; Newton's steps at each
+
+
 class Optimum(NamedTuple):
     x: Float[np.ndarray, "N n"]
     value: Float[np.ndarray, " N"]  # F(x)
@@ -72,7 +76,7 @@ def minimum(
     smooth: Smooth,
     W: Float[np.ndarray, "N m n"],
     b: Float[np.ndarray, "N m"],
-    rho: float,
+    rho: float | Float[np.ndarray, " N"],
     *,
     steps: int = 20_000,
     tolerance: float = 1e-14,
@@ -83,25 +87,39 @@ def minimum(
       smooth: f.
       W: matrices.
       b: targets, of LOGISTIC labels 0 and 1.
-      rho: strength of the penalty.
+      rho: strength of the penalty, one or each instance's.
       steps: at most.
-      tolerance: gap, relative to max(1, |F|), at which all instances are done.
+      tolerance: gap, relative to max(1, |F|), at which an instance is done.
     """
-    W, b = np.asarray(W, np.float64), np.asarray(b, np.float64)
+    rho = np.broadcast_to(np.asarray(rho, np.float64), len(W))
+    together = max(1, CACHE // max(1, W[0].size))  # as many as stay in a core's cache; the rest of a pass is memory
+    parts = [slice(at, at + together) for at in range(0, len(W), together)]
+    W, b = (np.asarray(held, np.float64) for held in (W, b))
+    found = [_minimum(smooth, W[part], b[part], rho[part], steps, tolerance) for part in parts]
+    return Optimum(*(np.concatenate(field) for field in zip(*found, strict=True)))
+
+
+def _minimum(smooth: Smooth, W: Any, b: Any, rho: np.ndarray, steps: int, tolerance: float) -> Optimum:
+    best = certify(smooth, W, b, rho, np.zeros((len(W), W.shape[2])))
     step = 1 / (np.linalg.norm(W, 2, axis=(1, 2)) ** 2 * smooth.bound(W.shape[1]))[:, None]
-    x = y = np.zeros((len(W), W.shape[2]))
-    t, found = np.ones((len(W), 1)), certify(smooth, W, b, rho, x)
+    left = np.arange(len(W))  # instances that are not done
+    x = y = np.zeros_like(best.x)
+    t = np.ones((len(W), 1))
     for count in range(1, steps + 1):
         v = y - step * _gradient(smooth, W, b, y)
-        new = np.sign(v) * np.maximum(np.abs(v) - rho * step, 0)
+        new = np.sign(v) * np.maximum(np.abs(v) - rho[:, None] * step, 0)
         t = np.where(np.sum((y - new) * (new - x), 1, keepdims=True) > 0, 1.0, t)
         following = (1 + np.sqrt(1 + 4 * t * t)) / 2
         x, y, t = new, new + (t - 1) / following * (new - x), following
-        if count % 100 == 0 or count == steps:
+        if count % EVERY == 0 or count == steps:
             found = _better(*(certify(smooth, W, b, rho, p) for p in (x, _polish(smooth, W, b, rho, x))))
-            if np.all(found.gap <= tolerance * np.maximum(1, np.abs(found.value))):
+            for field, value in zip(best, found, strict=True):
+                field[left] = value
+            more = found.gap > tolerance * np.maximum(1, np.abs(found.value))
+            if not more.any():
                 break
-    return found
+            W, b, rho, step, x, y, t, left = (held[more] for held in (W, b, rho, step, x, y, t, left))
+    return best
 
 
 def _better(one: Optimum, other: Optimum) -> Optimum:
@@ -110,20 +128,26 @@ def _better(one: Optimum, other: Optimum) -> Optimum:
     return Optimum(np.where(lower, other.x, one.x), *rest)
 
 
-def certify(smooth: Smooth, W: Any, b: Any, rho: float, x: Float[np.ndarray, "N n"]) -> Optimum:
+def certify(smooth: Smooth, W: Any, b: Any, rho: Any, x: Float[np.ndarray, "N n"]) -> Optimum:
     """Objective and duality gap of points: the slope at x, made small enough to be feasible, is a dual point."""
-    z = np.einsum("kmn,kn->km", W, x)
+    z = _times(W, x)
     u = smooth.slope(z, b)
-    steepest = np.max(np.abs(np.einsum("kmn,km->kn", W, u)), 1, keepdims=True)
+    steepest = np.max(np.abs(_times(W.swapaxes(1, 2), u)), 1)
     value = smooth.value(z, b) + rho * np.sum(np.abs(x), 1)
-    return Optimum(x, value, value - smooth.dual(u * np.minimum(1, rho / np.maximum(steepest, 1e-300)), b))
+    u = u * np.minimum(1, rho / np.maximum(steepest, 1e-300))[:, None]
+    return Optimum(x, value, value - smooth.dual(u, b))
+
+
+def _times(W: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Each matrix times its vector."""
+    return np.matmul(W, x[:, :, None])[:, :, 0]
 
 
 def _gradient(smooth: Smooth, W: Any, b: Any, x: Any) -> np.ndarray:
-    return np.einsum("kmn,km->kn", W, smooth.slope(np.einsum("kmn,kn->km", W, x), b))
+    return _times(W.swapaxes(1, 2), smooth.slope(_times(W, x), b))
 
 
-def _polish(smooth: Smooth, W: Any, b: Any, rho: float, x: np.ndarray) -> np.ndarray:
+def _polish(smooth: Smooth, W: Any, b: Any, rho: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Newton steps on the support with the signs that there are."""
     out = x.copy()
     for k in range(len(W)):
@@ -131,9 +155,17 @@ def _polish(smooth: Smooth, W: Any, b: Any, rho: float, x: np.ndarray) -> np.nda
         A, signs = W[k][:, on], np.sign(x[k, on])
         if not 0 < len(on) <= len(A):
             continue
-        for _ in range(5):
-            z = A @ out[k, on]
+        point = x[k, on]
+        for _ in range(NEWTON):
+            z = A @ point
+            gradient = A.T @ smooth.slope(z, b[k]) + rho[k] * signs
+            if np.max(np.abs(gradient)) <= 1e-16 * rho[k]:
+                break
             hessian = (A * smooth.curvature(z, b[k])[:, None]).T @ A
-            gradient = A.T @ smooth.slope(z, b[k]) + rho * signs
-            out[k, on] -= np.linalg.lstsq(hessian, gradient, rcond=None)[0]
+            try:
+                point = point - np.linalg.solve(hessian, gradient)
+            except np.linalg.LinAlgError:  # columns that depend on one another: what FISTA found stays
+                point = x[k, on]
+                break
+        out[k, on] = point
     return out

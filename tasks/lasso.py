@@ -6,9 +6,11 @@ Source: Tibshirani (1996), doi:10.1111/j.2517-6161.1996.tb02080.x; instances as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
+from tasks import certified
 from tasks.base import Task
 from tasks.space import Choice, LogInt
 from tasks.sparse import linear_model
@@ -62,3 +64,8 @@ def lasso(
         unit_columns=True,
         init_loss=0.5 * nonzeros * magnitude[0] ** 2 if plain else None,
     )
+
+
+def optimum(phi: Any) -> certified.Optimum:
+    """Certified optima of instances, phi with a leading axis."""
+    return certified.minimum(certified.SQUARED, phi.W, phi.b, phi.strength)

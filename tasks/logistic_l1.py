@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
+from tasks import certified
 from tasks.base import Task
 from tasks.space import Choice, LogInt
 from tasks.sparse import linear_model
@@ -64,3 +66,8 @@ def logistic_l1(
         unit_columns=False,
         init_loss=math.log(2),
     )
+
+
+def optimum(phi: Any) -> certified.Optimum:
+    """Certified optima of instances, phi with a leading axis."""
+    return certified.minimum(certified.LOGISTIC, phi.W, phi.b, phi.strength)

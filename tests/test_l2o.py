@@ -17,8 +17,9 @@ import lopt
 import tasks
 from lopt import prox, proximal, rules
 from lopt.features import Layer
+from lopt.proximal_safeguard import safeguard
 from lopt.rules import l2o_dm, l2o_pa, rnnprop
-from meta_test import cli
+from meta_test import cli, l2o_methods, l2o_problems
 from meta_test import l2o as judge
 from meta_train.inner import Horizon, make_inner
 from tasks import augment, certified
@@ -339,6 +340,61 @@ def test_a_restart_is_where_the_momentum_points_against_the_step():
     np.testing.assert_allclose(y + updates, [1.5, 0.0], rtol=1e-6)  # no momentum
 
 
+def away(how):
+    """An optimizer that leads astray: ever farther, or to what is no number."""
+    rates = {"diverges": lambda t: 3.0**t, "is not finite": lambda t: jnp.where(t < 4, 0.01, jnp.nan)}
+    return optax.chain(optax.scale(-1.0), optax.scale_by_schedule(rates[how]))
+
+
+@pytest.mark.parametrize("how", ["diverges", "is not finite"])
+def test_a_safeguard_converges_whatever_it_is_given(how, committed):
+    with jax.enable_x64(True):
+        W, b = (jnp.asarray(committed[f"lasso_toy_0/{key}"], float) for key in ("W", "b"))
+        r, best = prox.l1(RHO), float(committed["lasso_toy_0/f_star"])
+        given = dict(lipschitz=float(np.linalg.norm(W, 2) ** 2), prox=r)
+        tx = safeguard(away(how), **given)
+        guarded = classical(tx, W, b, r, 400)[0]
+        assert guarded[-1] - best < 1e-13
+        alone = classical(optax.with_extra_args_support(away(how)), W, b, r, 400, objective_at=lambda y, state: y)[0]
+        assert not alone[-1] - best < 1.0
+        # In a pytree the residual is that of all tensors.
+        y = {"a": jnp.zeros(3), "b": jnp.ones((2, 2))}
+        _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, y), tx.init(y), y)
+        step = proximal.SAFE / given["lipschitz"]
+        plain = jax.tree.map(lambda y: y - r.apply(y - step, step), y)
+        assert float(state.least) == pytest.approx(float(optax.tree.norm(plain)))
+
+
+def test_a_safeguard_is_the_learned_one_and_then_fista(committed):
+    with jax.enable_x64(True):
+        W, b = (jnp.asarray(committed[f"lasso_toy_2/{key}"], float) for key in ("W", "b"))
+        r = prox.l1(RHO)
+        given = dict(lipschitz=float(np.linalg.norm(W, 2) ** 2), prox=r)
+        learned, step = proximal.momentum(**given, a=0.5), proximal.SAFE / given["lipschitz"]
+        tx = safeguard(learned, **given, steps=6)
+
+        def at(y, state):
+            return y
+
+        ours, y = classical(tx, W, b, r, 30, objective_at=at)
+        theirs, _ = classical(learned, W, b, r, 30, objective_at=at)
+        np.testing.assert_allclose(ours[:6], theirs[:6], rtol=1e-14)
+        begin = r.apply(y[5] - step * W.T @ (W @ y[5] - b), step)
+        np.testing.assert_allclose(y[6], begin, atol=1e-14)
+        tail, x, fista = proximal.fista(**given, restart="gradient"), y[6], []
+        state = tail.init(x)
+        for _ in range(10):
+            updates, state = tail.update(W.T @ (W @ x - b), state, x)
+            x = x + updates
+            fista.append(x)
+        np.testing.assert_allclose(y[7:17], jnp.stack(fista), atol=1e-13)
+    for settings, message in (({"steps": 0}, "steps, got 0"), ({"patience": 1.5}, "patience, got 1.5")):
+        with pytest.raises(ValueError, match=message):
+            safeguard(learned, lipschitz=1.0, **settings)
+    with pytest.raises(ValueError, match="params=None"):
+        safeguard(optax.sgd(0.1), lipschitz=1.0).update(jnp.ones(2), state)
+
+
 def test_admm_solves_a_lasso(committed):
     with jax.enable_x64(True):
         W, b = (jnp.asarray(committed[f"lasso_toy_1/{key}"], float) for key in ("W", "b"))
@@ -563,46 +619,62 @@ def few():
 def test_gaps_are_those_of_the_methods_own_iterates(few):
     with jax.enable_x64(True):
         task, instances = few
-        assert instances.gap < judge.FLOOR
-        methods = judge.classical(judge.PROBLEMS["lasso"])
-        at_y, at_x = judge.gaps(task, methods["FISTA"], instances, 30)
+        assert instances.gap < l2o_problems.FLOOR
+        methods = l2o_methods.classical(judge.PROBLEMS["lasso"])
+        at = [0, 1, 7, 30]
+        at_y, at_x = l2o_methods.gaps(task, methods["FISTA"], instances, at)
         for i, best in enumerate(instances.best):
             phi = jax.tree.map(lambda leaf, i=i: leaf[i], instances.phi)
             r = prox.l1(phi.strength)
             for gap, point in ((at_x, lambda y, state: state.x), (at_y, lambda y, state: y)):
                 tx = proximal.fista(lipschitz=phi.lipschitz, prox=r)
                 objective, _ = classical(tx, phi.W, phi.b, r, 30, objective_at=point)
-                np.testing.assert_allclose(gap[:, i], (objective - best) / best, rtol=1e-6)
-        slow, quick = (judge.gaps(task, methods[name], instances, 30)[1, -1] for name in ("ISTA", "FISTA"))
+                np.testing.assert_allclose(gap[:, i], (objective[np.array(at)] - best) / best, rtol=1e-6)
+        slow, quick = (l2o_methods.gaps(task, methods[name], instances, [30])[1, -1] for name in ("ISTA", "FISTA"))
         assert (quick < slow).all()
 
 
 def test_what_is_tuned_is_the_best_of_its_grid(few):
     with jax.enable_x64(True):
         task, instances = few
-        method = judge.classical(judge.PROBLEMS["lasso"])["momentum, tuned"]
-        (chosen,) = judge.tune(task, method, instances).values()
-        found = [judge.gaps(task, method, instances, judge.TUNED_AT, a=a)[0, -1].mean() for a in method.grid["a"]]
+        methods = l2o_methods.classical(judge.PROBLEMS["lasso"])
+        method = methods["momentum, tuned"]._replace(grid={"a": (0.3, 0.8, 0.95)})
+        (chosen,) = l2o_methods.tune(task, method, instances).values()
+        found = [
+            l2o_methods.gaps(task, method, instances, [judge.TUNED_AT], a=a)[0, -1].mean() for a in (0.3, 0.8, 0.95)
+        ]
         assert chosen == method.grid["a"][int(np.argmin(found))]
-        assert judge.tune(task, judge.classical(judge.PROBLEMS["lasso"])["ISTA"], instances) == {}
+        assert l2o_methods.tune(task, methods["ISTA"], instances) == {}
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     monkeypatch.setattr(judge, "KS", (1, 2, 3, 5))
-    small = judge.PROBLEMS["lasso"]._replace(sets={"5x8": {"rows": 5, "columns": 8, "nonzeros": 2}})
-    monkeypatch.setitem(judge.PROBLEMS, "lasso", small)
+    sets = {"5x8": l2o_problems.Set({"rows": 5, "columns": 8, "nonzeros": 2}, 3), "other": l2o_problems.Set({})}
+    monkeypatch.setitem(judge.PROBLEMS, "lasso", judge.PROBLEMS["lasso"]._replace(sets=sets))
     monkeypatch.setattr(
         judge,
         "classical",
         lambda problem: {
-            "ISTA": judge.Method(lambda phi: proximal.ista(lipschitz=phi.lipschitz, prox=prox.l1(phi.strength)))
+            "ISTA": judge.Method(lambda one: proximal.ista(lipschitz=one.lipschitz, prox=one.prox)),
         },
     )
-    out = tmp_path / "l2o"
-    assert cli.main(["l2o", "--instances", "3", "--out", str(out)]) == 0
-    assert "| ISTA |" in capsys.readouterr().out
+    out, cache = tmp_path / "l2o", tmp_path / "cache"
+    words = ["l2o", "--sets", "5x8", "--instances", "9", "--out", str(out), "--cache", str(cache)]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "| ISTA |" in said
+    assert "3 instances" in said
     assert {path.name for path in out.iterdir()} == set(judge.FILES)
     held = list(csv.DictReader((out / "l2o.csv").read_text().splitlines()))
     assert [(row["at"], row["k"]) for row in held] == [(at, str(k)) for at in "yx" for k in (1, 2, 3, 5)]
     assert float(held[3]["mean"]) < float(held[0]["mean"])
+    # Optima are kept, and read where instances and solver are the same.
+    kept = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(kept) == 2  # instances to tune on, instances to judge on
+    monkeypatch.setattr(certified, "minimum", None)
+    assert cli.main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == kept
+    with pytest.raises(TypeError):
+        cli.main([*words, "--seed", "5"])
+    assert cli.main([*words, "--sets", "6x8"]) == 2

@@ -1,0 +1,147 @@
+"""Methods for composite convex problems: learned and classical, and the gaps of their iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lopt
+from lopt import prox, proximal
+from lopt.proximal_safeguard import last, safeguard
+from meta_test.l2o_problems import FLOOR, Instances, Problem
+from tasks.base import Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+TUNED_AT = 50
+TOGETHER = 1 << 16  # elements of the matrices that are worked on at a time: what stays in a core's cache
+
+
+class Method(NamedTuple):
+    """An optimizer of instances.
+
+    Fields:
+      make: `(instance, **tuned) -> optax transform`; the instance is (phi, penalty, Lipschitz constant).
+      proximal: whether gradients are those of the smooth part; otherwise subgradients of F.
+      grid: of what is tuned, name -> values; empty for nothing.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    proximal: bool = True
+    grid: Mapping[str, Sequence[float]] = {}
+
+
+class Instance(NamedTuple):
+    phi: Any
+    prox: prox.Penalty
+    lipschitz: Any  # ()
+
+
+def classical(problem: Problem) -> dict[str, Method]:
+    """The hand-designed methods, by name."""
+    rates = tuple(10.0 ** np.arange(-3, 0.51, 0.5))
+
+    def both(one: Instance) -> dict[str, Any]:
+        return {"lipschitz": one.lipschitz, "prox": one.prox}
+
+    methods = {
+        "ISTA": Method(lambda one: proximal.ista(**both(one))),
+        "FISTA": Method(lambda one: proximal.fista(**both(one))),
+        "FISTA, gradient restart": Method(lambda one: proximal.fista(**both(one), restart="gradient")),
+        "FISTA, function restart": Method(lambda one: proximal.fista(**both(one), restart="function")),
+        "momentum, tuned": Method(
+            lambda one, a: proximal.momentum(**both(one), a=a), grid={"a": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)}
+        ),
+        "Adam, subgradients, tuned": Method(lambda one, lr: optax.adam(lr), proximal=False, grid={"lr": rates}),
+        "Adam-HD, subgradients, tuned": Method(
+            lambda one, lr: proximal.adam_hd(lr=lr, beta=1e-4), proximal=False, grid={"lr": rates}
+        ),
+    }
+    if problem.family == "lasso":
+
+        def solve(phi: Any, step: float) -> Callable[[Any, Any], Any]:
+            gram, at_b = phi.W.T @ phi.W, phi.W.T @ phi.b
+            inverse = jnp.linalg.inv(gram + jnp.eye(len(gram)) / step)  # once, and not in every iteration
+            return lambda v, _: inverse @ (at_b + v / step)
+
+        methods["ADMM, tuned"] = Method(
+            lambda one, step: proximal.admm(prox_f=solve(one.phi, step), prox=one.prox, step=step),
+            grid={"step": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)},
+        )
+    return methods
+
+
+def learned(source: str) -> dict[str, Method]:
+    """A meta-trained rule, untuned, and with the safeguard. Raises ValueError or OSError for no artifact."""
+    rule, theta = lopt.read(source)
+    label = f"{rule.name}: {source}"
+    if rule.needs:
+        raise ValueError(f"lopt-eval l2o: {source} is {rule.name}, which needs {', '.join(rule.needs)}; valid: none.")
+    if rule.name != "l2o_pa":
+        return {label: Method(lambda one: rule.bind(theta), proximal=False)}
+
+    def bound(one: Instance) -> optax.GradientTransformationExtraArgs:
+        return rule.bind(theta, prox=one.prox, lipschitz=one.lipschitz)
+
+    return {
+        label: Method(bound),
+        f"{label}, safeguarded": Method(
+            lambda one: safeguard(bound(one), prox=one.prox, lipschitz=one.lipschitz),
+        ),
+    }
+
+
+def together(task: Task, phi: Any) -> int:
+    """How many instances are worked on at a time: a divisor of N, so that one program does for all."""
+    count = len(jax.tree.leaves(phi)[0])
+    size = max(int(leaf[0].size) for leaf in jax.tree.leaves(phi))
+    most = max(1, min(count, TOGETHER // max(size, 1)))
+    return max(d for d in range(1, most + 1) if count % d == 0)
+
+
+def gaps(
+    task: Task, method: Method, instances: Instances, at: Sequence[int], **tuned: Any
+) -> Float[np.ndarray, "2 K N"]:
+    """Relative gaps at y and x before the updates numbered `at`, from 0 and ascending."""
+    composite = task.composite
+    if composite is None:
+        raise ValueError(f"lopt-eval l2o: {task.name} has no proximal structure; valid: a family with `composite`.")
+    key, shown = jax.random.key(0), jnp.asarray(at)
+
+    def one(phi: Any) -> Any:
+        batch = task.batch(key, phi, task.data, "validation")
+        whole = lambda x: task.loss(x, key, phi, batch)  # noqa: E731
+        smooth = jax.grad(lambda x: composite.smooth(x, key, phi, batch))
+        gradient = smooth if method.proximal else jax.grad(whole)
+        instance = Instance(phi, prox.Penalty(composite.penalty(phi), composite.kind), composite.lipschitz(phi))
+        tx = optax.with_extra_args_support(method.make(instance, **tuned))
+        y = task.init(key, phi)
+        y = y.astype(jnp.result_type(float, *(leaf for leaf in jax.tree.leaves(phi) if leaf.dtype.kind == "f")))
+
+        def step(carry: Any, _: None) -> Any:
+            y, state = carry
+            updates, new = tx.update(gradient(y), state, y, value_fn=whole, grad_fn=gradient)
+            return (optax.apply_updates(y, updates), new), (y, last(state, y))
+
+        visited = jax.lax.scan(step, (y, tx.init(y)), None, length=int(at[-1]) + 1)[1]
+        # F is asked for where it is shown alone: two products with the matrix an iteration less.
+        return jnp.stack([jax.lax.map(whole, points[shown]) for points in visited])
+
+    values = np.asarray(jax.jit(lambda phi: jax.lax.map(one, phi, batch_size=together(task, phi)))(instances.phi))
+    relative = (np.moveaxis(values, 0, 2) - instances.best) / instances.best
+    return np.maximum(np.where(np.isfinite(relative), relative, np.inf), FLOOR)
+
+
+def tune(task: Task, method: Method, instances: Instances) -> dict[str, float]:
+    """The value of the least mean gap at y after TUNED_AT steps; {} where there is nothing to tune."""
+    if not method.grid:
+        return {}
+    ((name, values),) = method.grid.items()
+    scores = [gaps(task, method, instances, [TUNED_AT], **{name: value})[0, -1].mean() for value in values]
+    return {name: float(values[int(np.argmin(scores))])}
