@@ -61,7 +61,7 @@ def safeguard(
     lipschitz: Any,
     prox: Penalty | None = None,
     steps: int = 100,
-    patience: int = 10,
+    patience: int = 30,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer of F = f + r whose gradients are those of f at the parameters; f and r convex.
 

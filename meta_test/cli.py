@@ -105,7 +105,8 @@ def _suite_parsers(commands: Any) -> None:
         help="learned and classical methods on composite convex problems",
         description="Relative gaps to certified optima of learned proximal optimizers and classical methods.",
     )
-    l2o.add_argument("--problem", default="lasso", choices=("lasso", "logistic"), help="(default: %(default)s)")
+    l2o.add_argument("--problem", default="lasso", choices=L2O, help="(default: %(default)s)")
+    l2o.add_argument("--table", default="", metavar="CSV", help="with --problem logistic: a set of your own rows")
     l2o.add_argument("--sets", default="", metavar="A;B", help="of instances, as the table heads them (default: all)")
     l2o.add_argument("--cache", type=Path, metavar="DIR", help="of optima (default: ~/.cache/lopt/eval/l2o)")
     l2o.add_argument("--optimizers", default="", metavar="A,B", help="shipped names or folders of artifacts")
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+L2O = ("lasso", "logistic", "group_lasso", "nnls", "total_variation", "matrix_completion")  # of l2o_problems
 _AFTER = dict.fromkeys(("run", "tune"), "the same command resumes at the next cell")
 
 

@@ -13,6 +13,7 @@ import csv
 import io
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ import numpy as np
 
 from lopt.base import unknown
 from meta_test import drawing
-from meta_test.l2o_methods import TUNED_AT, Method, classical, gaps, learned, tune
-from meta_test.l2o_problems import FLOOR, PROBLEMS, Instances, Problem, draw, home
+from meta_test.l2o_methods import TUNED_AT, Method, classical, gaps, learned, tune, unrolled
+from meta_test.l2o_problems import FLOOR, PROBLEMS, Instances, Problem, Set, draw, home
 from meta_test.report import dump, machine, write
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def compare(
     """Every method on every set."""
     first = next(iter(problem.sets))
     task, others = draw(problem, first, TUNING_INSTANCES, TUNING_SEED + args.seed, args.cache)
-    chosen = {name: tune(task, method, others) for name, method in methods.items()}
+    chosen = {name: tune(task, method, others, 1 if problem.constrained else 0) for name, method in methods.items()}
     results, drawn, at = [], {}, iterations()
     for name in sets:
         began = time.process_time()
@@ -63,6 +64,8 @@ def compare(
         task, instances = draw(problem, name, count, args.seed, args.cache)
         drawn[name] = instances
         for label, method in methods.items():
+            if not method.fits(instances.phi):
+                continue
             results.append(Result(label, name, chosen[label], at, gaps(task, method, instances, at, **chosen[label])))
             jax.clear_caches()
         print(f"{name}: {count} instances, {time.process_time() - began:.0f} s of CPU", flush=True)
@@ -72,6 +75,13 @@ def compare(
 def l2o(args: argparse.Namespace) -> int:
     """The command."""
     problem = PROBLEMS[args.problem]
+    if args.table:
+        if args.problem != "logistic":
+            raise ValueError(
+                f"lopt-eval l2o: --table, got {args.table} with {args.problem}; valid: --problem logistic."
+            )
+        own = Set({"data": args.table}, 64, "tasks.logistic_l1:table")
+        problem = problem._replace(sets={**problem.sets, Path(args.table).name: own})
     sets = [name.strip() for name in args.sets.split(";") if name.strip()] or list(problem.sets)
     for name in sets:
         if name not in problem.sets:
@@ -81,16 +91,17 @@ def l2o(args: argparse.Namespace) -> int:
         methods: dict[str, Method] = {}
         for source in (one for one in args.optimizers.split(",") if one):
             methods |= learned(source)
-        results, drawn = compare(problem, methods | classical(problem), sets, args)
+        results, drawn = compare(problem, methods | unrolled(problem, args.cache) | classical(problem), sets, args)
     record = {
         "command": args.written,
         "machine": machine(),
         "sets": {name: {"instances": len(one.best), "certified_to": one.gap} for name, one in drawn.items()},
+        "constrained": problem.constrained,
         "tuned": {result.method: result.tuned for result in results if result.tuned},
         "rows": rows(results),
     }
     page = as_markdown(record, results)
-    contents = (dump(record), page, as_csv(results), picture(results))
+    contents = (dump(record), page, as_csv(results), picture(results, 1 if problem.constrained else 0))
     write(args.out, dict(zip(FILES, contents, strict=True)))
     print(page)
     print(f"written to {args.out}: {', '.join(FILES)}")
@@ -135,9 +146,10 @@ def as_markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     ]
     for name, about in record["sets"].items():
         here = [result for result in results if result.instances == name]
-        held = {r.method: [summary(r.curves[i, r.at.index(k)]) for i in (0, 1) for k in KS] for r in here}
+        points = [("x", 1)] if record["constrained"] else [("y", 0), ("x", 1)]
+        held = {r.method: [summary(r.curves[i, r.at.index(k)]) for _, i in points for k in KS] for r in here}
         least = np.min([[one["mean"] for one in cells] for cells in held.values()], axis=0)
-        head = ["method", *(f"y, k = {k}" for k in KS), *(f"x, k = {k}" for k in KS)]
+        head = ["method", *(f"{point}, k = {k}" for point, _ in points for k in KS)]
         parts += [
             "",
             f"## {name}",
@@ -162,8 +174,8 @@ def as_markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n".join([*parts, ""])
 
 
-def picture(results: Sequence[Result]) -> str:
-    """Mean gap at y against the iteration, a panel a set."""
+def picture(results: Sequence[Result], point: int = 0) -> str:
+    """Mean gap at y, or at x (1), against the iteration, a panel a set."""
     sets = list(dict.fromkeys(result.instances for result in results))
     figure = drawing._figure(4.6 * len(sets), 4.4)
     axes = np.atleast_1d(figure.subplots(1, len(sets)))
@@ -173,13 +185,13 @@ def picture(results: Sequence[Result]) -> str:
             style = {**drawing.STYLES[number % len(drawing.STYLES)], "marker": ""}
             if number >= len(drawing.STYLES):
                 style["alpha"] = 0.5
-            mean = np.where(np.isfinite(result.curves[0]), result.curves[0], np.nan).mean(1)
+            mean = np.where(np.isfinite(result.curves[point]), result.curves[point], np.nan).mean(1)
             axis.plot(result.at, mean, label=result.method, **style)
         axis.set_xscale("symlog", linthresh=10)
         axis.set_yscale("log")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("iteration", fontsize=9)
         axis.grid(True, linewidth=0.4, alpha=0.5)
-    axes[0].set_ylabel("mean relative gap at y", fontsize=9)
+    axes[0].set_ylabel(f"mean relative gap at {'yx'[point]}", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return drawing.svg(figure, "relative gap against iteration")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 import optax
 
 import lopt
+import tasks
 from lopt import prox, proximal
 from lopt.proximal_safeguard import last, safeguard
+from meta_test import l2o_unrolled
 from meta_test.l2o_problems import FLOOR, Instances, Problem
 from tasks.base import Task
 
@@ -30,15 +33,17 @@ class Method(NamedTuple):
       make: `(instance, **tuned) -> optax transform`; the instance is (phi, penalty, Lipschitz constant).
       proximal: whether gradients are those of the smooth part; otherwise subgradients of F.
       grid: of what is tuned, name -> values; empty for nothing.
+      fits: `phi -> bool`, whether it can be used on a set; phi with a leading axis.
     """
 
     make: Callable[..., optax.GradientTransformation]
     proximal: bool = True
     grid: Mapping[str, Sequence[float]] = {}
+    fits: Callable[[Any], bool] = lambda phi: True
 
 
 class Instance(NamedTuple):
-    phi: Any
+    held: Any  # what has W and b: phi, or the batch of a task whose matrix is data
     prox: prox.Penalty
     lipschitz: Any  # ()
 
@@ -63,6 +68,8 @@ def classical(problem: Problem) -> dict[str, Method]:
             lambda one, lr: proximal.adam_hd(lr=lr, beta=1e-4), proximal=False, grid={"lr": rates}
         ),
     }
+    if problem.constrained:  # a set has no subgradients
+        methods = {name: method for name, method in methods.items() if method.proximal}
     if problem.family == "lasso":
 
         def solve(phi: Any, step: float) -> Callable[[Any, Any], Any]:
@@ -71,7 +78,7 @@ def classical(problem: Problem) -> dict[str, Method]:
             return lambda v, _: inverse @ (at_b + v / step)
 
         methods["ADMM, tuned"] = Method(
-            lambda one, step: proximal.admm(prox_f=solve(one.phi, step), prox=one.prox, step=step),
+            lambda one, step: proximal.admm(prox_f=solve(one.held, step), prox=one.prox, step=step),
             grid={"step": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)},
         )
     return methods
@@ -97,6 +104,20 @@ def learned(source: str) -> dict[str, Method]:
     }
 
 
+def unrolled(problem: Problem, cache: Path | None) -> dict[str, Method]:
+    """Ada-LISTA trained on a LASSO problem's first set; it fits all sets with as many rows."""
+    if problem.family != "lasso":
+        return {}
+    first, name = next(iter(problem.sets.values())), "Ada-LISTA"
+    theta = l2o_unrolled.trained(tasks.make("lasso", **first.settings), name, cache)
+    return {
+        f"{name}, {l2o_unrolled.LAYERS} layers": Method(
+            lambda one: l2o_unrolled.as_optax(l2o_unrolled.NETWORKS[name], theta, one.held),
+            fits=lambda phi: hasattr(phi, "W") and phi.W.shape[1] == len(theta.first),
+        )
+    }
+
+
 def together(task: Task, phi: Any) -> int:
     """How many instances are worked on at a time: a divisor of N, so that one program does for all."""
     count = len(jax.tree.leaves(phi)[0])
@@ -119,7 +140,8 @@ def gaps(
         whole = lambda x: task.loss(x, key, phi, batch)  # noqa: E731
         smooth = jax.grad(lambda x: composite.smooth(x, key, phi, batch))
         gradient = smooth if method.proximal else jax.grad(whole)
-        instance = Instance(phi, prox.Penalty(composite.penalty(phi), composite.kind), composite.lipschitz(phi))
+        held = phi if hasattr(phi, "W") else batch
+        instance = Instance(held, prox.Penalty(composite.penalty(phi), composite.kind), composite.lipschitz(phi))
         tx = optax.with_extra_args_support(method.make(instance, **tuned))
         y = task.init(key, phi)
         y = y.astype(jnp.result_type(float, *(leaf for leaf in jax.tree.leaves(phi) if leaf.dtype.kind == "f")))
@@ -138,10 +160,10 @@ def gaps(
     return np.maximum(np.where(np.isfinite(relative), relative, np.inf), FLOOR)
 
 
-def tune(task: Task, method: Method, instances: Instances) -> dict[str, float]:
-    """The value of the least mean gap at y after TUNED_AT steps; {} where there is nothing to tune."""
+def tune(task: Task, method: Method, instances: Instances, point: int = 0) -> dict[str, float]:
+    """The value of the least mean gap at y, or at x (1), after TUNED_AT steps; {} where there is nothing to tune."""
     if not method.grid:
         return {}
     ((name, values),) = method.grid.items()
-    scores = [gaps(task, method, instances, [TUNED_AT], **{name: value})[0, -1].mean() for value in values]
+    scores = [gaps(task, method, instances, [TUNED_AT], **{name: value})[point, -1].mean() for value in values]
     return {name: float(values[int(np.argmin(scores))])}

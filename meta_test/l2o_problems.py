@@ -36,6 +36,7 @@ class Problem(NamedTuple):
 
     family: str
     sets: Mapping[str, Set]
+    constrained: bool = False  # r is the indicator of a set: only x, the proximal operator's output, is compared
 
 
 ILL = {"nonzeros": 8, "magnitude": (5.0, 5.0), "shift": (0.3, 0.3), "log10_strength": (-2.0, -2.0)}
@@ -44,19 +45,33 @@ PROBLEMS = {
         "lasso",
         {
             "20x40": Set({}),
-            "64x128": Set({"rows": 64, "columns": 128, "nonzeros": 10}, 128),
-            "250x500": Set({"rows": 250, "columns": 500, "nonzeros": 50}, 32),
-            "20x40, ill-conditioned": Set(ILL, 256),
+            "64x128": Set({"rows": 64, "columns": 128, "nonzeros": 10}, 64),
+            "250x500": Set({"rows": 250, "columns": 500, "nonzeros": 50}, 16),
+            "20x40, ill-conditioned": Set(ILL, 128),
+            "image patches, 64x128": Set({}, 64, "tasks.lasso:patches"),
         },
     ),
     "logistic": Problem(
         "logistic_l1",
         {
             "100x20": Set({}),
-            "1000x50": Set({"rows": 1000, "columns": 50, "nonzeros": 20}, 64),
-            "100x20, ill-conditioned": Set({"shift": (0.3, 0.3), "log10_strength": (-2.0, -2.0)}, 256),
+            "1000x50": Set({"rows": 1000, "columns": 50, "nonzeros": 20}, 32),
+            "100x20, ill-conditioned": Set({"shift": (0.3, 0.3), "log10_strength": (-2.0, -2.0)}, 128),
+            "breast_cancer": Set({}, 64, "tasks.logistic_l1:table"),
         },
     ),
+    "group_lasso": Problem("structured_regression", {"40x80": Set({}, 128)}),
+    "nnls": Problem(
+        "structured_regression",
+        {"60x40": Set({"structure": "nonnegative", "rows": 60, "groups": 10, "noise": 0.3}, 64)},
+        constrained=True,
+    ),
+    "total_variation": Problem(
+        "structured_regression",
+        {"100": Set({"structure": "total_variation", "rows": 100, "log10_strength": (0.0, 0.0)}, 128)},
+        constrained=True,
+    ),
+    "matrix_completion": Problem("matrix_completion", {"12x10": Set({}, 64)}),
 }
 
 
@@ -77,26 +92,26 @@ def draw(problem: Problem, name: str, count: int, seed: int, cache: Path | None 
     family = held.family or problem.family
     task = tasks.make(family, **held.settings)
     phi = jax.jit(jax.vmap(task.sample))(jax.random.split(jax.random.key(seed), count))
-    best, gap = optima(family, phi, cache)
+    best, gap = optima(family, task, phi, cache)
     relative = float(np.max(gap / best))
     if not relative <= FLOOR:
         raise RuntimeError(f"lopt-eval l2o: the optima of {name} are certified to {relative:.1e} only.")
     return task, Instances(phi, best, relative)
 
 
-def optima(family: str, phi: Any, cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def optima(family: str, task: Task, phi: Any, cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """[N] least values and duality gaps, by the family's `optimum`; files are keyed by instances and solver."""
-    module = importlib.import_module(tasks.REGISTRY[family])
-    digest = hashlib.sha256()
+    module = importlib.import_module(tasks.REGISTRY.get(family) or family.partition(":")[0])
+    digest = hashlib.sha256(task.name.encode())
     for source in (module, certified):
         digest.update(inspect.getsource(source).encode())
-    for leaf in jax.tree.leaves(phi):
+    for leaf in jax.tree.leaves((phi, task.data)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    path = cache / f"{family}-{digest.hexdigest()[:16]}.npz" if cache else None
+    path = cache / f"{family.rpartition(':')[2]}-{digest.hexdigest()[:16]}.npz" if cache else None
     if path and path.is_file():
         with np.load(path) as held:
             return held["value"], held["gap"]
-    found = module.optimum(jax.tree.map(np.asarray, phi))
+    found = module.optimum(jax.tree.map(np.asarray, phi), task)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")

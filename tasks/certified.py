@@ -169,3 +169,40 @@ def _polish(smooth: Smooth, W: Any, b: Any, rho: np.ndarray, x: np.ndarray) -> n
                 break
         out[k, on] = point
     return out
+
+
+def descend(
+    x: Float[np.ndarray, " n"],
+    gradient: Callable[[np.ndarray], np.ndarray],
+    step: float,
+    prox: Callable[[np.ndarray, float], np.ndarray],
+    polish: Callable[[np.ndarray], np.ndarray],
+    certify: Callable[[np.ndarray], Optimum],
+    *,
+    steps: int = 50_000,
+    tolerance: float = 1e-13,
+) -> Optimum:
+    """The same for one instance of any penalty: FISTA with gradient restarts, and what `polish` makes of its points.
+
+    Args:
+      x: where it begins.
+      gradient: of the smooth part.
+      step: 1 / its Lipschitz constant.
+      prox: `(v, step) -> x`.
+      polish: `x -> x`, better where what is 0, or at a bound, was found; it may be worse.
+      certify: `x -> Optimum` of one instance, at points that prox or polish returned.
+      steps: at most.
+      tolerance: gap, relative to max(1, |F|), at which it ends.
+    """
+    y, t, best = x, 1.0, certify(x)
+    for count in range(1, steps + 1):
+        new = prox(y - step * gradient(y), step)
+        t = 1.0 if np.vdot(y - new, new - x) > 0 else t
+        following = (1 + np.sqrt(1 + 4 * t * t)) / 2
+        x, y, t = new, new + (t - 1) / following * (new - x), following
+        if count % EVERY == 0 or count == steps:
+            # The least gap, and not the least value: they may differ by rounding, and the gap is what is promised.
+            best = min((best, certify(x), certify(polish(x))), key=lambda one: float(one.gap))
+            if best.gap <= tolerance * max(1.0, abs(float(best.value))):
+                break
+    return best

@@ -51,6 +51,7 @@ CASES = {
     "lasso": Case({"noise": 0.01}, lr=0.03, ratio=0.6),
     "logistic_l1": Case({"noise": 0.01}, lr=0.03, ratio=0.98),
     "logistic_regression": Case({}, lr=0.03, ratio=0.4),
+    "matrix_completion": Case({"gradient_noise": 0.01}, lr=0.03, ratio=0.6),
     "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
     "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),
     "pinn": Case({"hidden": (16, 16), "batch_size": 32}, lr=0.01),
@@ -58,6 +59,7 @@ CASES = {
     "quadratic": Case({}, lr=0.03, ratio=0.1),
     "resnet": Case({"channels": (8,), "batch_size": 16}, lr=0.01, ratio=0.7),
     "rnn_lm": Case({"width": 16, "embedding": 8, "length": 16, "batch_size": 16}, lr=0.02, ratio=0.75),
+    "structured_regression": Case({"gradient_noise": 0.01}, lr=0.03, ratio=0.6),
     "synthetic": Case({"noise": 0.01}, lr=0.01, ratio=0.2),
     "tabular_mlp": Case({}, ratio=0.3),
     "tabular_regression": Case({}, ratio=0.8),  # half of the variance is noise
@@ -249,7 +251,7 @@ def numbered(task):
 
 
 # family -> which examples a batch holds; `None`: fresh draws, of which none comes twice
-NOISY = ("lasso", "logistic_l1", "quadratic", "synthetic")
+NOISY = ("lasso", "logistic_l1", "matrix_completion", "quadratic", "structured_regression", "synthetic")
 EXAMPLES = {
     "coordinate_mlp": lambda batch: batch.place[..., 0] * 1000 + batch.place[..., 1],
     "graph_network": lambda batch: batch.node,
@@ -268,12 +270,7 @@ def test_no_example_is_in_two_splits(family):
         phi = pick(begun(family)[0], 0)
         drawn = [task.batch(KEYS[1], phi, (), split) for split in SPLITS]  # of one key
         for one, other in itertools.combinations(drawn, 2):
-            if family in (
-                "lasso",
-                "logistic_l1",
-                "quadratic",
-                "synthetic",
-            ):  # whose batches hold noise, of which only training has any
+            if family in NOISY:  # whose batches hold noise, of which only training has any
                 assert not jnp.any(other)
             else:
                 assert jnp.mean(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0]) < 0.5  # a pole's 1 is equal
@@ -300,7 +297,7 @@ def test_no_example_is_in_two_splits(family):
 CLASSIFIERS = {"cnn", "es", "image_mlp", "logistic_regression", "mlp_mixer", "resnet", "tabular_mlp", "vit"}
 REFUSED = {
     "noise_labels": set(FAMILIES) - CLASSIFIERS,  # no classes, or the loss does not look at them
-    "reduce_batch": {"graph_network", "lasso", "logistic_l1", "quadratic", "synthetic"},  # no rows
+    "reduce_batch": {"graph_network", *NOISY},  # no rows
 }
 
 
