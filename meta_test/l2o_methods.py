@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 TUNED_AT = 50
+NEAR, FAR = 100, 32  # an LSTM's iteration costs a hundred of FISTA's: after k = 100 these are the first instances alone
 TOGETHER = 1 << 16  # elements of the matrices that are worked on at a time: what stays in a core's cache
 
 
@@ -33,12 +34,14 @@ class Method(NamedTuple):
       make: `(instance, **tuned) -> optax transform`; the instance is (phi, penalty, Lipschitz constant).
       proximal: whether gradients are those of the smooth part; otherwise subgradients of F.
       grid: of what is tuned, name -> values; empty for nothing.
+      far: instances at most beyond k = NEAR, where an iteration is dear; None for all.
       fits: `phi -> bool`, whether it can be used on a set; phi with a leading axis.
     """
 
     make: Callable[..., optax.GradientTransformation]
     proximal: bool = True
     grid: Mapping[str, Sequence[float]] = {}
+    far: int | None = None
     fits: Callable[[Any], bool] = lambda phi: True
 
 
@@ -91,13 +94,13 @@ def learned(source: str) -> dict[str, Method]:
     if rule.needs:
         raise ValueError(f"lopt-eval l2o: {source} is {rule.name}, which needs {', '.join(rule.needs)}; valid: none.")
     if rule.name != "l2o_pa":
-        return {label: Method(lambda one: rule.bind(theta), proximal=False)}
+        return {label: Method(lambda one: rule.bind(theta), proximal=False, far=FAR)}
 
     def bound(one: Instance) -> optax.GradientTransformationExtraArgs:
         return rule.bind(theta, prox=one.prox, lipschitz=one.lipschitz)
 
     return {
-        label: Method(bound),
+        label: Method(bound, far=FAR),
         f"{label}, safeguarded": Method(
             lambda one: safeguard(bound(one), prox=one.prox, lipschitz=one.lipschitz),
         ),
@@ -158,6 +161,20 @@ def gaps(
     values = np.asarray(jax.jit(lambda phi: jax.lax.map(one, phi, batch_size=together(task, phi)))(instances.phi))
     relative = (np.moveaxis(values, 0, 2) - instances.best) / instances.best
     return np.maximum(np.where(np.isfinite(relative), relative, np.inf), FLOOR)
+
+
+def curves(
+    task: Task, method: Method, instances: Instances, at: Sequence[int], **tuned: Any
+) -> Float[np.ndarray, "2 K N"]:
+    """`gaps`; NaN of the instances after the method's `far` beyond NEAR."""
+    count, near = len(instances.best), [k for k in at if k <= NEAR]
+    if method.far is None or method.far >= count or len(near) == len(at):
+        return gaps(task, method, instances, at, **tuned)
+    first = jax.tree.map(lambda leaf: leaf[: method.far], instances.phi)
+    out = np.full((2, len(at), count), np.nan)
+    out[:, : len(near)] = gaps(task, method, instances, near, **tuned)
+    out[:, :, : method.far] = gaps(task, method, Instances(first, instances.best[: method.far], 0.0), at, **tuned)
+    return out
 
 
 def tune(task: Task, method: Method, instances: Instances, point: int = 0) -> dict[str, float]:
