@@ -116,12 +116,12 @@ def safeguard(
             leaving = state.learning & ~on
             moved = where(on, theirs, where(leaving, back, ours))
             of_plain = where(leaving | on, plain.init(best), of_plain)
-            x = where(on, last(of_learned, jax.tree.map(jnp.add, params, theirs)), of_plain.x)
+            x = where(on, last(of_learned, jax.tree.map(jnp.add, params, theirs)), last(of_plain, params))
             return moved, State(state.count + 1, on, since, first, least, best, of_learned, of_plain, x)
 
         def after(_: None) -> tuple[Any, State]:
             moved, of_plain = plain.update(updates, state.plain, params)
-            return moved, state._replace(count=state.count + 1, plain=of_plain, x=of_plain.x)
+            return moved, state._replace(count=state.count + 1, plain=of_plain, x=last(of_plain, params))
 
         # Not of `learning`: under vmap all instances have one count, and what depends on it alone stays a branch.
         return jax.lax.cond(state.count < steps, learning, after, None)

@@ -154,6 +154,6 @@ def trained(task: Task, name: str, cache: Path | None) -> Theta:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{field: np.asarray(leaf) for field, leaf in theta._asdict().items()})
+        np.savez(partial, allow_pickle=False, **{field: np.asarray(leaf) for field, leaf in theta._asdict().items()})
         partial.replace(path)
     return theta

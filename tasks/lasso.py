@@ -172,5 +172,5 @@ def optimum(phi: Any, task: Task) -> certified.Optimum:
     if isinstance(phi, Patch):
         b = np.asarray(task.data.b)[phi.index]
         W = np.broadcast_to(np.asarray(task.data.W), (len(b), *task.data.W.shape))
-        return certified.minimum(certified.SQUARED, W, b, phi.strength)
+        return certified.minimum(certified.SQUARED, W, b, np.asarray(phi.strength))
     return certified.minimum(certified.SQUARED, phi.W, phi.b, phi.strength)

@@ -171,5 +171,5 @@ def optimum(phi: Any, task: Task) -> certified.Optimum:
         W, b = (np.asarray(leaf) for leaf in task.data)
         count = len(phi.strength)
         W, b = np.broadcast_to(W, (count, *W.shape)), np.broadcast_to(b, (count, *b.shape))
-        return certified.minimum(certified.LOGISTIC, W, b, phi.strength)
+        return certified.minimum(certified.LOGISTIC, W, b, np.asarray(phi.strength))
     return certified.minimum(certified.LOGISTIC, phi.W, phi.b, phi.strength)

@@ -168,7 +168,7 @@ def _optimum(structure: str, shape: tuple[int, ...], W: np.ndarray, b: np.ndarra
     return certified.descend(
         np.zeros(W.shape[1]),
         lambda x: W.T @ (W @ x - b),
-        1 / np.linalg.norm(W, 2) ** 2,
+        float(1 / np.linalg.norm(W, 2) ** 2),
         lambda v, step: prox(problem, v, step),
         lambda x: polish(problem, x),
         lambda x: certify(problem, x),

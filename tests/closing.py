@@ -21,7 +21,7 @@ def families(results: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    import lopt
+    import lopt.pretrained
 
     if RESULTS.is_file():
         slowest = list(families(RESULTS).items())[:4]
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"""results: {RESULTS}
 use the weights:
   import lopt
-  tx = lopt.load({lopt.available()[0]!r}, num_steps=1000)  # an optax transform: init, then one update a step
+  tx = lopt.load({lopt.pretrained.DEFAULT!r}, num_steps=1000)  # an optax transform: init, then one update a step
   updates, opt_state = tx.update(grads, opt_state, params, value=loss)""")
 
 
