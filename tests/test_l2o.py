@@ -650,6 +650,7 @@ def test_what_is_tuned_is_the_best_of_its_grid(few):
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     monkeypatch.setattr(judge, "KS", (1, 2, 3, 5))
+    monkeypatch.setattr(judge, "unrolled", lambda problem, cache: {})
     sets = {"5x8": l2o_problems.Set({"rows": 5, "columns": 8, "nonzeros": 2}, 3), "other": l2o_problems.Set({})}
     monkeypatch.setitem(judge.PROBLEMS, "lasso", judge.PROBLEMS["lasso"]._replace(sets=sets))
     monkeypatch.setattr(
