@@ -61,6 +61,11 @@ class Penalty:
         step = jnp.broadcast_to(step, v.shape)
         return kind.apply(self.strength, v, step if kind.pool is None else kind.pool(step, self.axis), self.axis)
 
+    def pooled(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The step that `apply` takes for each element: the same where elements do not know of each other."""
+        pool = KINDS[self.kind].pool
+        return step if pool is None else jnp.broadcast_to(pool(step, self.axis), step.shape)
+
 
 def soft(v: Array, threshold: Array) -> Array:
     """v moved towards 0 by the threshold, and not beyond."""

@@ -526,8 +526,10 @@ def test_a_learned_metric_is_pooled_where_elements_belong_together(penalty):
     assert jnp.isfinite(updates).all()
     plain = rule.bind(theta, lipschitz=2.0)
     free = l2o_pa.solution(jax.jit(plain.update)(g, plain.init(y), y)[1])  # v = y - s p g
-    metric = (y - free) / g
-    np.testing.assert_allclose(l2o_pa.solution(state), PENALTIES[penalty].apply(free, metric), atol=1e-5)
+    metric = PENALTIES[penalty].pooled((y - free) / g)
+    np.testing.assert_allclose(l2o_pa.solution(state), PENALTIES[penalty].apply(y - metric * g, metric), atol=1e-5)
+    # Of elements' own metrics in the gradient step a minimum would be no fixed point.
+    assert not np.allclose(l2o_pa.solution(state), PENALTIES[penalty].apply(free, metric), atol=1e-4)
 
 
 # Certified optima

@@ -188,7 +188,8 @@ def l2o_pa(
         def direction(g, y, state, _):
             step = SAFE / lipschitz
             use, memory = said(theta, g, y, state.memory)
-            metric = step * use["p"] * jnp.ones_like(y)
+            # One metric for the gradient and the operator, or a fixed point would be no minimum.
+            metric = r.pooled(step * use["p"] * jnp.ones_like(y))
             v = y - metric * g
             if "b" in parts:
                 v = use["b"] * v + (1 - use["b"]) * (state.x - metric * state.gradient) + use["b1"]
