@@ -7,6 +7,7 @@ Source: Knyazev et al. (2025), Accelerating Training with Neuron Interaction and
 """
 
 from lopt.nowcast.builders import recognise
+from lopt.nowcast.draw import draw
 from lopt.nowcast.graph import Graph, View, view
 from lopt.nowcast.network import Network, make
 from lopt.nowcast.released import read, save
@@ -19,6 +20,7 @@ __all__ = [
     "Nowcaster",
     "State",
     "View",
+    "draw",
     "linefit",
     "make",
     "nino",

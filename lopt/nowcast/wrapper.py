@@ -70,6 +70,9 @@ def schedule(max_steps: int, period: int, *, farthest: int = 40, power: float = 
     >>> nowcast.schedule(3000, 1000).tolist()
     [40, 13, 1]
     """
+    for name, got in {"max_steps": max_steps, "period": period}.items():
+        if not isinstance(got, int | np.integer) or got < 1:
+            raise ValueError(f"lopt.nowcast: {name}, got {got!r}; valid: an integer >= 1.")
     n = max(1, max_steps // period)
     return np.round(np.linspace(farthest ** (1 / power), 1, n) ** power).astype(np.int32)
 
@@ -636,7 +639,7 @@ def _ticked(old: Any, new: Any) -> Any:
 
 def _check(where: str, s: dict[str, Any], reference_lr: float | None) -> None:
     place = f"lopt.nowcast.{where}"
-    for name in ("max_steps", "period", "context", "probe"):
+    for name in ("context", "probe"):
         if not isinstance(s[name], int | np.integer) or s[name] < 1:
             raise ValueError(f"{place}: {name}, got {s[name]!r}; valid: an integer >= 1.")
     if s["period"] < s["context"]:
