@@ -63,7 +63,7 @@ def test_nowcasts_replace_calls_and_leave_moments_alone():
     states = np.stack([np.asarray(alone["x"])[i - 1] for i in (7, 15, 23, 31, 39)])
     slope = np.polyfit(np.arange(5), states, 1)[0]
     np.testing.assert_allclose(path["x"][-1], states[-1] + 40 / 4 * slope, rtol=1e-5)
-    late = np.stack([np.asarray(alone["x"])[i] for i in (6, 14, 22, 30)] + [states[-1]])
+    late = np.stack([np.asarray(alone["x"])[i] for i in (7, 15, 23, 31)] + [states[-1]])
     assert np.abs(path["x"][-1] - states[-1] - 10 * np.polyfit(np.arange(5), late, 1)[0]).max() > 1e-6
     _, fresh = run(nowcast.linefit(base, guard=False, reset_moments=True, **SETTINGS), start(), PERIOD)
     assert (fresh.base[0].count, fresh.base[1].count) == (0, PERIOD)

@@ -15,7 +15,7 @@ code, for MLPs, CNNs and GPT-2 exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,7 +265,7 @@ class Graph:
         width: int | None = None,
         fused: bool = False,
         transposed: bool = False,
-        head_nodes: Nodes | None = None,
+        key_bias: str = "keys",
     ) -> None:
         """Attention from the stream x to the stream `into`: x → queries/keys → x, x → values → into.
 
@@ -283,7 +283,7 @@ class Graph:
           width: of all queries together; None: as many as neurons in x.
           fused: query, key and value are one leaf [in, 3 · width], and their biases one [3 · width].
           transposed: leaves are [out, in].
-          head_nodes: one neuron a head, made before; None: made here.
+          key_bias: "keys": it ends at the keys; "stream": at x, where their matrix ends, as in the reference's GPT-2.
         """
         groups, width = groups or heads, width or len(x)
         if heads % groups or width % heads:
@@ -291,9 +291,11 @@ class Graph:
                 f"Graph.attention({query!r}): heads, groups and width, got {heads}, {groups}, {width}; valid: heads a "
                 "multiple of groups that divides width."
             )
+        if key_bias not in ("keys", "stream"):
+            raise unknown(f"Graph.attention({query!r})", "key_bias", key_bias, ("keys", "stream"))
         size = width // heads
         kv = groups * size
-        per_head = head_nodes if head_nodes is not None else self.stream(f"{query}:heads", heads)
+        per_head = self.stream(f"{query}:heads", heads)
         q_bias, v_bias = (self.stream(f"{p}:{n}", 1) if p else None for p, n in ((biases[0], "q"), (biases[2], "v")))
         q_nodes = self.stream(f"{query}:q", width)
         k_nodes = q_nodes if groups == heads else self.stream(f"{key}:k", kv)
@@ -321,9 +323,7 @@ class Graph:
         vector(biases[0], 0, q_bias, q_nodes)
         matrix(key, 1, N.KEY, k_nodes, True)
         if biases[1] is not None:
-            # The reference ends the key's bias at the stream, where its matrix ends; indices fit as widths agree.
-            same = len(k_nodes) == len(x)
-            vector(biases[1], 1, self.stream(f"{biases[1]}:k", 1), x if same else k_nodes)
+            vector(biases[1], 1, self.stream(f"{biases[1]}:k", 1), x if key_bias == "stream" else k_nodes)
         matrix(value, 2, N.VALUE, v_nodes, False)
         reads = np.arange(heads) // (heads // groups)  # which head of values each head reads
         for h in range(heads):
@@ -437,6 +437,71 @@ class Graph:
             element with no edge or two.
         """
         return self.fitted(params)[1]
+
+    def prove(
+        self, apply: Callable[[Any], Any], params: Any, *, skip: Sequence[str] = (), rtol: float = 1e-3
+    ) -> list[str]:
+        """Prove that ends of edges are neurons of matching index: the network computes the same with neurons in turn.
+
+        Each group that is neither input nor output is rotated by one, together with the groups that residual edges tie
+        to it and within heads; see `permuted`.
+
+        Args:
+          apply: `params -> outputs`, the network on some input.
+          params: of random values: zeros and ones would prove nothing.
+          skip: names of groups to leave alone, e.g. queries whose neurons are told apart by rotary encodings.
+          rtol: of the largest output.
+
+        Returns:
+          The groups that were rotated.
+
+        Raises:
+          ValueError: naming the groups whose rotation changes the outputs.
+        """
+        before, proven = np.asarray(apply(params)), []
+        for some in self._tied():
+            if any(group.name in skip for group, _ in some):
+                continue
+            order = {
+                group.name: np.concatenate([start + np.roll(np.arange(n), 1) for start in range(0, len(group), n)])
+                for group, n in some
+            }
+            names = ", ".join(order)
+            after = np.asarray(apply(self.permuted(params, order)))
+            if not np.abs(after - before).max() <= rtol * np.abs(before).max():
+                raise ValueError(f"Graph.prove: the network is another one with the neurons of {names} in turn.")
+            proven += order
+        return proven
+
+    def _tied(self) -> list[list[tuple[Nodes, int]]]:
+        """Hidden groups by what ties them, each with the number of neurons that stand in turn: a head's, or all."""
+        of = np.zeros(self.count, int)
+        for i, group in enumerate(self.groups):
+            of[group.ids] = i
+        label, size = list(range(len(self.groups))), [len(group) for group in self.groups]
+        inner, outer = set(), set()
+        for block in self.blocks:
+            a, b = {int(i) for i in of[block.source]}, {int(i) for i in of[block.target]}
+            outer |= a
+            inner |= b if len(self.groups[min(a)]) > 1 else set()
+            if block.kind == N.RESIDUAL:
+                for old in {label[i] for i in a | b}:
+                    label = [label[min(a)] if x == old else x for x in label]
+            if block.kind == N.HEAD:
+                for i in b:
+                    size[i] = len(block.target)
+            if block.kind == N.KEY:  # queries and keys are met backwards
+                inner |= a
+        found: dict[int, list[int]] = {}
+        for i in sorted(range(len(self.groups))):
+            if len(self.groups[i]) > 1:
+                found.setdefault(label[i], []).append(i)
+        out = []
+        for some in found.values():
+            n = min(size[i] for i in some)
+            if all(i in inner and i in outer for i in some) and n > 1:
+                out.append([(self.groups[i], n) for i in some])
+        return out
 
     def permuted(self, params: Any, order: Mapping[str, Any]) -> Any:
         """The parameters with neurons in another order: a weight from s to t becomes the one from σ(s) to σ(t).
