@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lopt import baselines as baselines
     from lopt import convert as convert
     from lopt import mup as mup
+    from lopt import nowcast as nowcast
     from lopt import prox as prox
     from lopt import proximal as proximal
     from lopt import rules as rules
@@ -28,6 +29,7 @@ _HOME = {
     "convert": "lopt.convert",
     "load": "lopt.pretrained",
     "mup": "lopt.mup",
+    "nowcast": "lopt.nowcast",
     "prox": "lopt.prox",
     "proximal": "lopt.proximal",
     "read": "lopt.pretrained",

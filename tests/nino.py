@@ -82,7 +82,7 @@ def mismatch(graph: nowcast.Graph, params, places, z) -> str | None:
     }
     ours = []  # (type, place of the first tap or -1, source, target)
     for block in blocks:
-        index = block.index()
+        index = block.places()
         first = flat[block.leaf][index[:, 0]] if block.leaf else np.full(block.edges, -1)
         taps = (index >= 0).sum(1)
         ours.append(np.stack([np.full(block.edges, block.kind), first, taps, *block.ends()], 1))

@@ -17,7 +17,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["lopt.mup", "lopt.pretrained", "tasks.data", "tasks.data.tfds", "tasks.held_out"])
+NOWCAST = [f"lopt.nowcast.{name}" for name in ("builders", "graph", "wrapper")]
+MODULES = ["lopt.mup", "lopt.pretrained", "tasks.data", "tasks.data.tfds", "tasks.held_out", *NOWCAST]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_doctests(module):
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted > 0

@@ -170,7 +170,7 @@ def all_at_once(network, graph, params, history, at):
     features = np.zeros((len(types), 9, 5), np.float32)
     start, places = 0, []
     for block in blocks:
-        index = block.index()
+        index = block.places()
         places.append((block.leaf, slice(start, start + len(index)), index))
         features[start : start + len(index), : index.shape[1]] = np.moveaxis(scaled[block.leaf][:, index], 0, -1)
         start += len(index)

@@ -156,7 +156,7 @@ def test_conv_flatten_dense_with_norm_and_kernels_of_any_size():
     assert proves(apply, params, graph, order)
     with jax.numpy_rank_promotion("allow"):
         assert graph.prove(jax.jit(apply), params) == ["Conv_0", "Conv_1", "Dense_0"]
-    assert [len(b.view.index()[0, 0]) for b in graph.blocks if b.leaf == "Conv_0/kernel"] == [9, 9, 7]
+    assert [len(b.view.places()[0, 0]) for b in graph.blocks if b.leaf == "Conv_0/kernel"] == [9, 9, 7]
     # The flattened picture with its axes the other way round, which fits every size, is refuted.
     wrong = [b._replace(source=np.repeat(b.source[:4], 9)) if b.leaf == "Dense_0/kernel" else b for b in graph.blocks]
     graph.blocks = wrong

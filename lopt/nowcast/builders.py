@@ -618,7 +618,9 @@ def _attend(g: Graph, a: Attention, x: Nodes, into: Nodes, heads: int | None) ->
     if n is None:
         raise ValueError(f"lopt.nowcast.recognise: heads of {a.path!r} are not in its shapes; pass heads=.")
     biases = (a.query.b, a.key.b, a.value.b, a.out.b)
-    paths = {role: m.kernel.path for role, m in zip(("query", "key", "value", "out"), a[1:5], strict=True) if m.kernel}
+    paths: Any = {
+        role: m.kernel.path for role, m in zip(("query", "key", "value", "out"), a[1:5], strict=True) if m.kernel
+    }
     bias = "stream" if a.query.name == "c_attn" else "keys"  # GPT-2, as the reference has it
     g.attention(x, into, heads=n, groups=groups, width=width, fused=a.fused, biases=biases, key_bias=bias, **paths)
 

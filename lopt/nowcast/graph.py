@@ -50,7 +50,7 @@ class View(NamedTuple):
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def index(self) -> np.ndarray:
+    def places(self) -> np.ndarray:
         """[S, D, K] (or [E, 1, K] of a list) places in the flattened leaf."""
         part = tuple(slice(a, a + n) for a, n in zip(self.starts, self.sizes, strict=True))
         index = np.arange(math.prod(self.shape)).reshape(self.shape)[part]
@@ -79,13 +79,13 @@ class Block(NamedTuple):
     grid: bool
     table: np.ndarray | None = None  # [E, K] places in the flattened leaf in place of a view; -1: none
 
-    def index(self) -> np.ndarray:
+    def places(self) -> np.ndarray:
         """[edges, K] places in the flattened leaf; of edges without weight [edges, 1] of -1."""
         if self.table is not None:
             return self.table
         if self.view is None:
             return np.full((self.edges, 1), -1)
-        index = self.view.index()
+        index = self.view.places()
         return index.reshape(self.edges, index.shape[-1])
 
     @property
@@ -93,7 +93,7 @@ class Block(NamedTuple):
         return len(self.source) * len(self.target) if self.grid else len(self.source)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """[edges] sources and targets, in the order of `index`."""
+        """[edges] sources and targets, in the order of `places`."""
         if not self.grid:
             return self.source, self.target
         return np.repeat(self.source, len(self.target)), np.tile(self.target, len(self.source))
@@ -413,7 +413,7 @@ class Graph:
                 v = block.view
                 seen.reshape(v.shape)[tuple(slice(a, a + n) for a, n in zip(v.starts, v.sizes, strict=True))] += 1
             else:
-                index = block.index()
+                index = block.places()
                 np.add.at(seen, index[index >= 0], 1)
             blocks.append(block)
         for path, seen in covered.items():
@@ -534,7 +534,7 @@ class Graph:
                 raise ValueError(
                     f"Graph.permuted: {block.leaf!r} has no edges where the order would put some of its own."
                 )
-            index = block.index()
+            index = block.places()
             new[block.leaf][index[at]] = flat[block.leaf][index[goes]]
         paths = [path for path, _ in _leaves(params)]
         leaves, treedef = jax.tree.flatten(params)

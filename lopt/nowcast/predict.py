@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt.nowcast import network as N
-from lopt.nowcast.graph import Block, Graph
+from lopt.nowcast.graph import Block, Graph, View
 
 TILE = 2048  # edges; vectors of a tile are 1 MB each at width 128
 SMALL = 2**16  # edges of a block that is still packed with others
@@ -70,7 +70,7 @@ def plan(graph: Graph, params: Any, paths: Sequence[str], *, taps: int, small: i
     offset = dict(zip(leaves, np.cumsum([0, *(sizes[paths[i]] for i in leaves)]), strict=False))
     packed: dict[int, list[tuple[Block, np.ndarray]]] = {}
     for block in rest:
-        index = block.index()
+        index = block.places()
         if block.leaf is not None:
             index = np.where(index >= 0, index + offset[number[block.leaf]], -1)
         packed.setdefault(index.shape[1], []).append((block, index))
@@ -236,8 +236,8 @@ def _walk_packed(f: Any, carry: Any, packed: Packed, joined: jax.Array, tile: in
 def _walk_grid(
     f: Any, carry: Any, leaf: int, block: Block, history: jax.Array, scales: tuple[jax.Array, jax.Array], tile: int
 ) -> Any:
-    seen = block.view
-    assert seen is not None
+    assert block.view is not None
+    seen: View = block.view
     sizes = dict(zip(seen.roles, seen.sizes, strict=True))
     sources, targets, taps = len(block.source), len(block.target), sizes.get("k", 1)
     columns = min(targets, tile)
@@ -249,7 +249,7 @@ def _walk_grid(
     # Axes of a slice [T, *roles] to [s, d, k, T], those that are missing at the end and then in their places.
     order = [1 + seen.roles.index(r) for r in "sdk" if r in seen.roles] + [0]
     shape = (rows if "s" in sizes else 1, columns if "d" in sizes else 1, taps, states)
-    back = np.argsort(order)
+    back = [int(i) for i in np.argsort(order)]
     span = {"s": rows, "d": columns, "k": taps}
 
     def step(i: Any, carry: Any) -> Any:

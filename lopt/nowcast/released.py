@@ -98,7 +98,7 @@ def _of_released(arrays: Mapping[str, np.ndarray]) -> tuple[str, dict[str, Any],
 
     config = json.loads(str(arrays["config_json"])) if "config_json" in arrays else {}
     context, hidden = int(config.get("ctx", 5)), int(arrays["layer_embed.weight"].shape[1])
-    theta = {"types": arrays["layer_embed.weight"], "edge": linear("edge_proj.fc.0")}
+    theta: dict[str, Any] = {"types": arrays["layer_embed.weight"], "edge": linear("edge_proj.fc.0")}
     if "edge_mlp.fc.0.weight" in arrays:
         mlp = [linear(f"edge_mlp.fc.{i}") for i in (0, 2, 4, 6)]
         settings = dict(hidden=hidden, horizons=int(mlp[-1]["b"].size), context=context)

@@ -357,7 +357,7 @@ def _kinds(graph: Graph | None, params: Any) -> list[Any]:
             continue
         table = np.zeros(shapes[path], np.int8).reshape(-1)
         for block in some:
-            index = block.index()
+            index = block.places()
             table[index[index >= 0]] = block.kind
         kinds[path] = table.reshape(shapes[path])
     return list(kinds.values())
@@ -407,7 +407,7 @@ def _nowcaster(
     def horizon(count: jax.Array) -> jax.Array:
         """() k of this call, in capture intervals."""
         k = jnp.asarray(horizons)[jnp.minimum(count // period, len(horizons) - 1)]
-        if s["lr"] is None:
+        if s["lr"] is None or reference_lr is None:
             return k
         lr = s["lr"](count) if callable(s["lr"]) else s["lr"]
         shorter = jnp.round(k * jnp.minimum(1.0, reference_lr / jnp.maximum(jnp.asarray(lr, jnp.float32), 1e-30)))
@@ -528,7 +528,7 @@ def _nowcaster(
         counts = state.counts._replace(restored=state.counts.restored + worse)
         return worse, back, state._replace(probing=jnp.full_like(state.probing, -1), counts=counts)
 
-    def update(updates: Any, state: State, params: Any = None, **extra: Any) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, State]:
         if params is None:
             raise ValueError(f"lopt.nowcast.{where}: update got params=None; call tx.update(grads, state, params).")
         if guard and loss_fn is None and extra.get("value") is None:
