@@ -82,9 +82,12 @@ def gpt2(z):
     return tree
 
 
-def test_gpt2_is_wired_as_in_the_reference(recorded):
+@pytest.mark.parametrize("turned", [False, True])
+def test_gpt2_is_wired_as_in_the_reference(recorded, turned):
     z = of_case(recorded, "gpt2_tiny")
     where = gpt2(z)
+    if turned:  # the JAX port keeps [out, in]
+        where = jax.tree.map_with_path(lambda path, x: x.T if path[-1].key == "kernel" else x, where)
     params = like(where)
     graph = nowcast.recognise(params, heads=3)
     assert nino.mismatch(graph, params, where, z) is None
@@ -402,6 +405,15 @@ def test_trees_of_nnx_and_haiku_are_read():
     assert nowcast.recognise(haiku, heads=2).validate(haiku) == []
     with pytest.raises(ValueError, match="heads of 'multi_head_attention' are not in its shapes; pass heads="):
         nowcast.recognise(haiku)
+
+
+def test_a_graph_is_drawn(tmp_path):
+    graph = nowcast.recognise({"fc1": jnp.zeros((3, 4)), "fc2": jnp.zeros((4, 2))})
+    picture = nowcast.draw(graph, tmp_path / "graph.svg").read_text()
+    assert picture.count("<circle") == graph.count == 9
+    assert picture.count("<line") == 20
+    with pytest.raises(ValueError, match="ends in"):
+        nowcast.draw(graph, tmp_path / "graph.jpg")
 
 
 def test_what_does_not_fit_is_named():

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from lopt.nowcast import network as N
 from lopt.nowcast.graph import Graph, Nodes, floating
 
 KERNELS, BIASES, TABLES = ("kernel", "w", "weight"), ("bias", "b", "offset", "beta"), ("embedding", "embeddings")
@@ -466,7 +465,10 @@ def transformer(modules: Sequence[Module], *, heads: int | None = None) -> Graph
     found = _attentions(modules)
     inside = {id(m) for a in found for m in (a.query, a.key, a.value, a.out)}
     rest = [m for m in modules if id(m) not in inside]
-    width = found[0].query.kernel.shape[0]  # type: ignore[union-attr]
+    first = found[0].query.kernel.shape  # type: ignore[union-attr]
+    # The JAX port of GPT-2 keeps its blocks' matrices [out, in].
+    turned = found[0].fused and len(first) == 2 and first[0] == 3 * first[1]
+    width = first[1] if turned else first[0]
     blocks, top = _blocks(found, rest, width)
     g = Graph()
     x = _stem(g, top, width)
@@ -474,11 +476,11 @@ def transformer(modules: Sequence[Module], *, heads: int | None = None) -> Graph
         if norms:
             g.norm(*norms[0].norm, x)
         middle, after = g.stream(f"block{number}:middle", width), g.stream(f"block{number}:out", width)
-        _attend(g, attention, x, middle, heads)
+        _attend(g, attention, x, middle, heads, turned)
         g.residual(x, middle)
         if len(norms) > 1:
             g.norm(*norms[1].norm, middle)
-        _mlp(g, mlp, middle, after, f"block{number}:hidden")
+        _mlp(g, mlp, middle, after, f"block{number}:hidden", turned)
         g.residual(middle, after)
         x = after
     finals = [m for m in top if m.kernel is None and m.scale is not None and m.size() == width]
@@ -605,10 +607,10 @@ def _stem(g: Graph, top: list[Module], width: int) -> Nodes:
     return x
 
 
-def _attend(g: Graph, a: Attention, x: Nodes, into: Nodes, heads: int | None) -> None:
+def _attend(g: Graph, a: Attention, x: Nodes, into: Nodes, heads: int | None, turned: bool) -> None:
     shapes = [m.kernel.shape for m in (a.query, a.key) if m.kernel]
     if a.fused:
-        width = math.prod(shapes[0][1:]) // 3
+        width = shapes[0][1] if turned else math.prod(shapes[0][1:]) // 3
         n = shapes[0][-2] if len(shapes[0]) == 4 else heads  # [in, 3, heads, size]
         groups = n
     else:
@@ -622,27 +624,34 @@ def _attend(g: Graph, a: Attention, x: Nodes, into: Nodes, heads: int | None) ->
         role: m.kernel.path for role, m in zip(("query", "key", "value", "out"), a[1:5], strict=True) if m.kernel
     }
     bias = "stream" if a.query.name == "c_attn" else "keys"  # GPT-2, as the reference has it
-    g.attention(x, into, heads=n, groups=groups, width=width, fused=a.fused, biases=biases, key_bias=bias, **paths)
+    how: Any = {"heads": n, "groups": groups, "width": width, "fused": a.fused, "transposed": turned}
+    g.attention(x, into, biases=biases, key_bias=bias, **how, **paths)
 
 
-def _mlp(g: Graph, some: list[Module], x: Nodes, into: Nodes, name: str) -> None:
+def _mlp(g: Graph, some: list[Module], x: Nodes, into: Nodes, name: str, turned: bool) -> None:
     """x → hidden → into; of three matrices one is a gate, with neurons of its own that lead to the hidden ones."""
+
+    def ends(m: Module) -> tuple[int, ...]:
+        assert m.kernel is not None
+        return m.kernel.shape[::-1] if turned else m.kernel.shape
+
+    def add(m: Module, source: Nodes, target: Nodes | int, name: str) -> Nodes:
+        assert m.kernel is not None
+        return g.dense(m.kernel.path, source, target, bias=m.b, name=name, transposed=turned)
+
     width = len(x)
-    downs = [m for m in some if m.kernel and m.kernel.shape[-1] == width and m.kernel.shape[0] != width]
+    downs = [m for m in some if ends(m)[-1] == width and ends(m)[0] != width]
     if not downs:
         named = _find(some, DOWN)
         downs = [named] if named else some[-1:]
-    ups = [m for m in some if m not in downs and m.kernel and m.kernel.shape[0] == width]
+    ups = [m for m in some if m not in downs and ends(m)[0] == width]
     if len(downs) != 1 or len(ups) not in (1, 2) or len(some) != 1 + len(ups):
         raise _error(f"an MLP of {', '.join(m.path for m in some) or 'no matrices'}")
     gate = None
     if len(ups) == 2:
         gate = _find(ups, GATE) or ups[0]
         ups = [m for m in ups if m is not gate]
-    down, up = downs[0].kernel, ups[0].kernel
-    assert down is not None
-    assert up is not None
-    hidden = g.dense(up.path, x, up.shape[1], bias=ups[0].b, name=name)
-    if gate is not None and gate.kernel is not None:
-        g.residual(g.dense(gate.kernel.path, x, gate.kernel.shape[1], bias=gate.b, name=f"{name}:gate"), hidden)
-    g.dense(down.path, hidden, into, bias=downs[0].b, kind=N.FC)
+    hidden = add(ups[0], x, ends(ups[0])[-1], name)
+    if gate is not None:
+        g.residual(add(gate, x, ends(gate)[-1], f"{name}:gate"), hidden)
+    add(downs[0], hidden, into, name)

@@ -522,7 +522,7 @@ def _nowcaster(
             noise = 2 * jnp.sqrt((state.before[1] + jnp.var(state.values)) / probe)
         worse = ~(now <= reference + s["margin"] * jnp.abs(reference) + noise)
         back = [
-            None if h is None else h.astype(jnp.float32) - jnp.asarray(p, jnp.float32)
+            None if h is None else h.astype(_wide(h)) - jnp.asarray(p, _wide(h))
             for p, h in zip(leaves, last, strict=True)
         ]
         counts = state.counts._replace(restored=state.counts.restored + worse)
@@ -608,6 +608,11 @@ def _nowcaster(
     tx = Nowcaster(init, update)
     tx.due, tx.propose, tx.accept = due, propose, accept
     return tx
+
+
+def _wide(x: jax.Array) -> Any:
+    """A dtype in which differences are taken: float32, of float64 itself."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _mean(x: jax.Array) -> jax.Array:
