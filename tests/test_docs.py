@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-NOWCAST = [f"lopt.nowcast.{name}" for name in ("builders", "graph", "wrapper")]
+NOWCAST = [f"lopt.nowcast.{name}" for name in ("builders", "graph", "transform")]
 MODULES = ["lopt.mup", "lopt.pretrained", "tasks.data", "tasks.data.tfds", "tasks.held_out", *NOWCAST]
 
 

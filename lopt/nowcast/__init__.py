@@ -11,7 +11,8 @@ from lopt.nowcast.draw import draw
 from lopt.nowcast.graph import Graph, View, view
 from lopt.nowcast.network import Network, make
 from lopt.nowcast.released import read, save
-from lopt.nowcast.wrapper import Counts, Nowcaster, State, linefit, nino, schedule, wnn
+from lopt.nowcast.transform import Counts, Nowcaster, State, schedule
+from lopt.nowcast.wrapper import linefit, nino, wnn
 
 __all__ = [
     "Counts",
