@@ -128,6 +128,7 @@ def curve(task: Any, make: Callable[[Any, Any], Any], seed: int) -> tuple[np.nda
 
 def compare(shared: Path) -> None:
     gnn, wnn = (nowcast.read(shared / f"weights/nino/{w}.npz") for w in ("nino_no_posw", "nino_mlp"))
+    patient = dict(slack=0.2, probe=150)
     how = dict(max_steps=STEPS, period=PERIOD)
 
     def adam(lr: float) -> Callable[..., Any]:
@@ -147,9 +148,12 @@ def compare(shared: Path) -> None:
             f"Linefit, factor tuned ({factor:g})": line(factor),
             "Linefit, guard": lambda p, f, b=base, k=factor: nowcast.linefit(b(), factor=k, loss_fn=f, **how),
             "WNN+, released": lambda p, f, b=base: nowcast.wnn(b(), network=wnn, guard=False, **how),
+            "WNN+, guard that waits": lambda p, f, b=base: nowcast.wnn(b(), network=wnn, loss_fn=f, **patient, **how),
             "NiNo, released": lambda p, f, b=base: nowcast.nino(b(), network=gnn, graph=None, guard=False, **how),
             "NiNo, released, guard": lambda p, f, b=base: nowcast.nino(b(), network=gnn, graph=None, loss_fn=f, **how),
         }
+        waits = lambda p, f, b=base: nowcast.nino(b(), network=gnn, graph=None, loss_fn=f, **patient, **how)  # noqa: E731
+        rows["NiNo, guard that waits"] = waits
         print(f"\n| {name} | steps to Adam's lowest loss | last loss | lowest loss | nowcasts applied, restored |")
         print("|---|--:|--:|--:|---|")
         targets: list[float] = []

@@ -89,6 +89,17 @@ def test_guard_refuses_what_is_worse_and_takes_the_base_step():
     assert run(nowcast.linefit(slow(), factor=-1.0, guard=False, **SETTINGS), start(), PERIOD)[0]["x"][-1, 0] < 0
 
 
+def test_slack_leaves_the_decision_to_the_probe():
+    """Half a unit back raises the loss by a fifth at once: allowed with a slack, and then taken back."""
+    tx = nowcast.linefit(slow(), factor=-0.05, loss_fn=distance, slack=0.6, **SETTINGS)
+    path, state = run(tx, start(), PERIOD + 4)
+    assert counts(state) == {"applied": 1, "shortened": 1, "restored": 1}
+    assert path["x"][PERIOD - 1, 0] == 4.375
+    assert path["x"][-1, 0] == 4.875
+    tight = nowcast.linefit(slow(), factor=-0.05, loss_fn=distance, slack=0.01, **SETTINGS)
+    assert counts(run(tight, start(), PERIOD + 4)[1]) == {"rejected": 1}
+
+
 def moving(params, target):
     return distance(params, target)
 

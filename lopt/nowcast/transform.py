@@ -29,6 +29,7 @@ class Settings(NamedTuple):
     lr: Any
     loss_fn: Callable[..., Any] | None
     margin: float
+    slack: float
     probe: int
     guard: bool
     cap: float
@@ -227,9 +228,10 @@ def nowcaster(
         return moves, [None if u is None else u[place] for u in differences], state
 
     def best(losses: jax.Array) -> jax.Array:
-        """() of the lowest loss; 0, to stay, if none is lower, and if the one of staying is not finite."""
-        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-        return jnp.where(jnp.isfinite(losses[0]), jnp.argmin(losses), 0)
+        """() of the lowest loss; 0, to stay, if it is above that of staying plus the slack, or that is not finite."""
+        stay = losses[0] + s.slack * jnp.abs(losses[0])
+        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf).at[0].set(stay)
+        return jnp.where(jnp.isfinite(stay), jnp.argmin(losses), 0)
 
     def decided(state: State, choice: jax.Array, capped: jax.Array) -> State:
         moves, c = choice > 0, state.counts
@@ -386,7 +388,7 @@ def _check(where: str, s: Settings, reference_lr: float | None) -> None:
             raise ValueError(f"{place}: {name}, got {getattr(s, name)!r}; valid: an integer >= 1.")
     if s.period < s.context:
         raise ValueError(f"{place}: period, got {s.period}; valid: at least context, {s.context}.")
-    for name in ("margin", "cap"):
+    for name in ("margin", "slack", "cap"):
         if not getattr(s, name) >= 0:
             raise ValueError(f"{place}: {name}, got {getattr(s, name)!r}; valid: >= 0.")
     if s.guard and s.probe + 1 >= s.period // s.context:

@@ -31,6 +31,7 @@ def nino(
     lr: float | Callable[[Any], Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     margin: float = 0.01,
+    slack: float = 0.0,
     probe: int = 5,
     guard: bool = True,
     cap: float = 1.0,
@@ -56,6 +57,8 @@ def nino(
       loss_fn: `params -> loss`, or `(params, batch) -> loss` where updates are given `batch=`; for the guard, of data
         that are held out or fresh. Without it the guard judges by the `value=` of updates.
       margin: by how much of the loss before it a nowcast may be worse after the probe without being taken back.
+      slack: by how much of the loss before it a nowcast may raise the loss at once, as good ones often do, and still be
+        applied and left to the probe.
       probe: base steps after which it is judged.
       guard: False: nowcasts are applied as the reference applies them, whatever they do.
       cap: with the guard, the largest displacement of a tensor relative to its norm.
@@ -121,6 +124,7 @@ def nino(
             lr=lr,
             loss_fn=loss_fn,
             margin=margin,
+            slack=slack,
             probe=probe,
             guard=guard,
             cap=cap,
@@ -140,6 +144,7 @@ def wnn(
     lr: float | Callable[[Any], Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     margin: float = 0.01,
+    slack: float = 0.0,
     probe: int = 5,
     guard: bool = True,
     cap: float = 1.0,
@@ -151,8 +156,8 @@ def wnn(
     """The same wrapper with the network that sees each weight alone (WNN+).
 
     Args:
-      base_tx, max_steps, period, context, lr, loss_fn, margin, probe, guard, cap, upd_scale, power, reset_moments,
-        tile: see `nino`.
+      base_tx, max_steps, period, context, lr, loss_fn, margin, slack, probe, guard, cap, upd_scale, power,
+        reset_moments, tile: see `nino`.
       network: a "wnn", of `lopt.nowcast.read` or `make`.
       graph: says the types of weights (embedding, query, …); None: by rank and name.
 
@@ -184,6 +189,7 @@ def wnn(
             lr=lr,
             loss_fn=loss_fn,
             margin=margin,
+            slack=slack,
             probe=probe,
             guard=guard,
             cap=cap,
@@ -202,6 +208,7 @@ def linefit(
     context: int = 5,
     loss_fn: Callable[..., Any] | None = None,
     margin: float = 0.01,
+    slack: float = 0.0,
     probe: int = 5,
     guard: bool = True,
     cap: float = 1.0,
@@ -211,7 +218,7 @@ def linefit(
     """The same wrapper with a straight line: last state + factor · k · slope, the baseline of every report.
 
     Args:
-      base_tx, max_steps, period, context, loss_fn, margin, probe, guard, cap, power, reset_moments: see `nino`.
+      base_tx, max_steps, period, context, loss_fn, margin, slack, probe, guard, cap, power, reset_moments: see `nino`.
       factor: of the horizon; the slope is that of least squares over the states, a capture interval.
       farthest: k of the first nowcast.
 
@@ -244,6 +251,7 @@ def linefit(
             lr=None,
             loss_fn=loss_fn,
             margin=margin,
+            slack=slack,
             probe=probe,
             guard=guard,
             cap=cap,
