@@ -24,9 +24,9 @@ RANK_6 = (1, 3, 2, 3, 1, 2)
 SHAPES = {"b": (3,), "w": (4, 3)}  # few and the same everywhere: each new shape is compiled
 
 
-# Made of another rule's parts: those that l2o_pa is compared with, and mulo, which is small_fc until multipliers are
-# bound. make test-all looks at them too.
-LATER = ("l2o_dm", "mulo", "rnnprop")
+# Made of another rule's parts: those that l2o_pa is compared with; elo, which clips and then is small_fc; mulo, which
+# is small_fc until multipliers are bound. make test-all looks at them too.
+LATER = ("elo", "l2o_dm", "mulo", "rnnprop")
 
 
 @pytest.fixture(params=[pytest.param(x, marks=pytest.mark.slow) if x in LATER else x for x in RULES])

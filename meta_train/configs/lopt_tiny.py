@@ -2,8 +2,8 @@
 
     make pretrain NAME=lopt-tiny
 
-334 meta-parameters. Two of the three groups overfit, by labels that are noise and by few rows, and the meta-loss is that
-of validation batches: without them the rule learns to be fast and then ruins what it has (docs/recipes.md).
+334 meta-parameters. Two of the three groups overfit, by labels that are noise and by few rows, and the meta-loss is
+that of validation batches: without them the rule learns to be fast and then ruins what it has (docs/recipes.md).
 """
 
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Stage
