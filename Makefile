@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 train: .venv/.installed
 	@$(BIN)/lopt-train quickstart
 
-# make pretrain NAME=lopt-tiny: the weights of checkpoints/lopt-tiny from nothing, into runs/lopt-tiny/artifact.
+# make pretrain NAME=l2o-lasso: the weights of checkpoints/l2o-lasso from nothing, into runs/l2o_lasso/artifact.
 pretrain: .venv/.installed
 	@test -n "$(NAME)" || { echo "valid: make pretrain NAME=$$(ls checkpoints | grep -v README | paste -sd'|')"; exit 2; }
 	@$(BIN)/lopt-train $(NAME)

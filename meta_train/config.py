@@ -386,10 +386,10 @@ def load(name: str) -> Run:
 
 
 def module(name: str) -> str:
-    """A config's file, by its name: that of weights, lopt-tiny, or the file's own.
+    """A config's file, by its name: that of the weights, l2o-lasso, or the file's own.
 
-    >>> module("lopt-tiny")
-    'lopt_tiny'
+    >>> module("l2o-lasso")
+    'l2o_lasso'
     """
     return name.replace("-", "_")
 
