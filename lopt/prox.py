@@ -151,7 +151,9 @@ def nuclear(strength: Any) -> Penalty:
 
 
 def simplex(scale: Any = 1.0) -> Penalty:
-    """The indicator of x ≥ 0, Σ x = scale, of a vector."""
+    """The indicator of x ≥ 0, Σ x = scale > 0, of a vector."""
+    if not isinstance(scale, jax.Array) and not scale > 0:
+        raise ValueError(f"lopt.prox.simplex: scale, got {scale}; valid: > 0.")
     return Penalty((_least("simplex", scale=scale),), "simplex")
 
 

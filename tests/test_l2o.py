@@ -469,9 +469,11 @@ def test_penalties_by_hand():
     )
     np.testing.assert_allclose(prox.simplex().apply(jnp.array([0.9, 0.5, -3.0]), 1.0), [0.7, 0.3, 0.0], atol=1e-6)
     assert float(prox.group_l1(2.0, axis=0).value(jnp.array([[3.0], [4.0]]))) == 10.0
-    for make in (prox.l1, prox.group_l1, prox.nuclear, prox.simplex):
+    for make in (prox.l1, prox.group_l1, prox.nuclear):
         with pytest.raises(ValueError, match=r"got -1; valid: >= 0"):
             make(-1)
+    with pytest.raises(ValueError, match=r"simplex: scale, got 0; valid: > 0"):
+        prox.simplex(0)
     with pytest.raises(ValueError, match="low <= high"):
         prox.box(1.0, 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import jax
@@ -254,7 +255,7 @@ def test_leaves_without_a_place_are_said_once_and_fall_back():
     settings = {"network": tiny(layers=1), "graph": graph, "guard": False} | SETTINGS
     for fallback in (None, tiny("wnn")):
         tx = nowcast.nino(optax.adam(0.1), fallback=fallback, **settings)
-        says = "graph-free network moves them" if fallback else "leave them to the base optimizer"
+        says = "graph-free network moves them" if fallback else "leave them where they are"
         with pytest.warns(UserWarning, match=f"does not place odd/table; .*{says}") as said:
             tx.init(mlp())
         assert len(said) == 1
@@ -265,11 +266,30 @@ def test_leaves_without_a_place_are_said_once_and_fall_back():
         assert np.abs(leaf[-1] - leaf[-2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("judged_by", ["loss_fn", "value"])
+def test_the_guard_of_a_network(x64, judged_by):
+    """Nowcasts and restored snapshots are branches of one condition: the same leaves, of the same type."""
+    with jax.enable_x64(x64):
+        params = jax.tree.map(lambda x: x.astype(float), mlp()) | {"step": jnp.arange(2)}
+        loss_fn = squares if judged_by == "loss_fn" else None
+        for kind in (nowcast.nino, nowcast.wnn):
+            network = tiny(layers=1) if kind is nowcast.nino else tiny("wnn")
+            tx = kind(optax.identity(), network=network, graph=graph, loss_fn=loss_fn, **SETTINGS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = jax.eval_shape(tx.init, params)
+                given = params | {"step": None, "odd": {"table": None}}
+                updates, after = jax.eval_shape(functools.partial(tx.update, value=1.0), given, state, params)
+            assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, given)
+            assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 @pytest.mark.slow  # compiles the graph network once more
 def test_leaves_without_a_place_stay():
     settings = {"network": tiny(layers=1), "graph": graph, "guard": False} | SETTINGS
     tx = nowcast.nino(optax.adam(0.1), **settings)
-    with pytest.warns(UserWarning, match="leave them to the base optimizer"):
+    with pytest.warns(UserWarning, match="leave them where they are"):
         path, _ = run(tx, mlp(), PERIOD, loss=squares)
     assert np.array_equal(path["odd"]["table"][-1], path["odd"]["table"][-2])
     assert np.abs(path["fc1"][-1] - path["fc1"][-2]).max() > 1e-3

@@ -374,9 +374,11 @@ def _cells(modules: Sequence[Module]) -> tuple[list[Item], list[Module]]:
     items, used = [], []
     for path, some in by_parent.items():
         names = set(some) - {""}
-        for gates in (("ii", "if", "ig", "io"), ("ir", "iz", "in"), ("i",)):
-            if set(gates) | {"h" + g[1:] for g in gates} <= names:
-                mine = [some[n] for g in gates for n in (g, "h" + g[1:])]
+        # NNX says if_ for Linen's if, a word of Python's.
+        for gates in (("ii", "if", "ig", "io"), ("ii", "if_", "ig", "io"), ("ir", "iz", "in"), ("i",)):
+            of_state = ["h" + g[1:].rstrip("_") for g in gates]
+            if {*gates, *of_state} <= names:
+                mine = [some[n] for pair in zip(gates, of_state, strict=True) for n in pair]
                 i, o = mine[0].kernel.shape  # type: ignore[union-attr]
                 items.append(Item(path, i, o, "cell", mine))
                 used += mine

@@ -225,7 +225,13 @@ def nowcaster(
         moves = choice > 0
         place = jnp.maximum(choice - 1, 0)
         state = decided(state, choice, capped[place])
-        return moves, [None if u is None else u[place] for u in differences], state
+        treedef = jax.tree.structure(params)
+        # Like what `judge` gives, since `update` has both as branches of one condition.
+        some = [
+            None if h is None else jnp.zeros(h.shape[1:], _wide(h)) if u is None else u[place].astype(_wide(h))
+            for h, u in zip(treedef.flatten_up_to(state.history), differences, strict=True)
+        ]
+        return moves, some, state
 
     def best(losses: jax.Array) -> jax.Array:
         """() of the lowest loss; 0, to stay, if it is above that of staying plus the slack, or that is not finite."""
@@ -294,11 +300,11 @@ def nowcaster(
             )
 
             def move(state: State) -> tuple[Any, State]:
-                shapes, treedef = jax.tree.flatten(like)
+                treedef = jax.tree.structure(params)
                 out = treedef.unflatten(
                     [
-                        jnp.zeros(x.shape, x.dtype) if u is None else u.astype(x.dtype)
-                        for x, u in zip(shapes, differences, strict=True)
+                        None if x is None else jnp.zeros(x.shape, x.dtype) if u is None else u.astype(x.dtype)
+                        for x, u in zip(treedef.flatten_up_to(like), differences, strict=True)
                     ]
                 )
                 fresh = base.init(optax.apply_updates(params, out)) if s.reset_moments else state.base

@@ -87,7 +87,7 @@ def nino(
         missing = tuple(path for path, placed in zip(paths, layout.placed, strict=True) if not placed)
         if missing and missing not in said:
             said.add(missing)
-            instead = "the graph-free network moves them" if fallback else "nowcasts leave them to the base optimizer"
+            instead = "the graph-free network moves them" if fallback else "nowcasts leave them where they are"
             warnings.warn(f"lopt.nowcast.nino: the graph does not place {', '.join(missing)}; {instead}.", stacklevel=4)
         shapes = dict(floating(params))
         kinds = [_kind_by_rank(path, shapes[path]) for path in paths]

@@ -106,8 +106,8 @@ def tiny(
     Raises:
       ValueError: on an argument out of range.
     """
-    if pace < 0:
-        raise ValueError(f"tiny: pace, got {pace}; valid: >= 0.")
+    if not isinstance(pace, int) or pace < 0:
+        raise ValueError(f"tiny: pace, got {pace}; valid: an integer >= 0.")
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
     decays = F.decays("tiny", momenta, second_moment, (second_moment,) * 3)._replace(factored=(second_moment,))
 
