@@ -68,6 +68,7 @@ def test_the_commands_of_the_pages_can_be_typed(tmp_path, monkeypatch):
 
     own = [code for code in blocks(ROOT / "docs/own-task.md", "python").split("\nfrom ") if "RUN = Run(" in code]
     (tmp_path / "my_run.py").write_text(f"from {own[-1]}")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     commands = trained()
     assert len(commands) >= 9
