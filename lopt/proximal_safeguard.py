@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt import transform
 from lopt.base import positive
 from lopt.prox import Penalty, none
 from lopt.proximal import SAFE, fista
+from lopt.rules.l2o_pa import solution_of
 
 
 class State(NamedTuple):
@@ -46,13 +48,7 @@ class State(NamedTuple):
 
 def last(state: Any, params: Any) -> Any:
     """The last output of the proximal operator: of an optimizer's state, or the params where it has none."""
-    if hasattr(state, "leaves") and hasattr(state, "skipped"):
-        held = jax.tree.leaves(state.leaves, is_leaf=lambda leaf: hasattr(leaf, "x"))
-        if not all(hasattr(leaf, "x") for leaf in held):
-            return params
-        leaves, shape = jax.tree.flatten(params)
-        return shape.unflatten([one.x.reshape(jnp.shape(p)) for one, p in zip(held, leaves, strict=True)])
-    return getattr(state, "x", params)
+    return solution_of(state, params) if isinstance(state, transform.State) else getattr(state, "x", params)
 
 
 def safeguard(

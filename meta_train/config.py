@@ -414,11 +414,11 @@ def _own(name: str) -> Run:
             spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
             assert spec is not None
             assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            held = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(held)
         else:
-            module = importlib.import_module(path)
-        found = getattr(module, what, None)
+            held = importlib.import_module(path)
+        found = getattr(held, what, None)
         run = found() if callable(found) else found
     except Exception as e:  # whatever a user's module raises
         raise ValueError(f"lopt-train: {name}: {type(e).__name__}: {e}; valid: a file or a module that runs.") from e

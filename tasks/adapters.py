@@ -263,7 +263,7 @@ def _traced_model(name: str, make: Callable[[Any], Any]) -> Any:
 
 def _example(name: str, data: Data) -> Any:
     """x of one row of the data, [1, ...]."""
-    rows, _, _ = _rows(name, data)
+    rows = (data.x, data.y) if isinstance(data, Dataset) else _parts(name, data)[0]
     if not isinstance(rows, tuple | list) or len(rows) != 2:
         got = type(rows).__name__
         raise ValueError(f"tasks: {name}: data, got rows of a {got}; valid: pairs (x, y), or a Dataset.")
@@ -274,27 +274,31 @@ def _rows(name: str, data: Data) -> tuple[Rows, dict[Split, tuple[int, int]], tu
     """All rows, the range of each split, and where they come from."""
     if isinstance(data, Dataset):
         return (data.x, data.y), data.splits, data.provenance
+    parts = _parts(name, data)
+    rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(rows):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    stops = np.cumsum([0, *(len(jax.tree.leaves(part)[0]) for part in parts)]).tolist()
+    splits = {split: (stops[i], stops[i + 1]) for i, split in enumerate(SPLITS)}
+    return rows, splits, (Source(name, digest.hexdigest()),)
+
+
+def _parts(name: str, data: Any) -> list[Rows]:
+    """The rows of each split of a dict, in the order of SPLITS. Raises ValueError for what is not as it has to be."""
     if not isinstance(data, Mapping) or set(data) != set(SPLITS):
         got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
         raise ValueError(f"tasks: {name}: data, got {got}; valid: a Dataset, or a dict of {', '.join(SPLITS)}.")
     parts = [jax.tree.map(np.asarray, data[split]) for split in SPLITS]
-    counts = []
     for split, part in zip(SPLITS, parts, strict=True):
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(part)}
         if len(lengths) != 1 or not all(lengths) or 0 in next(iter(lengths)):
             got = sorted(lengths)
             raise ValueError(f"tasks: {name}: data, got {split} rows of {got}; valid: one number, at least 1.")
-        counts.append(next(iter(lengths))[0])
     layouts = [jax.tree.map(lambda x: (x.shape[1:], x.dtype), part) for part in parts]
     if any(layout != layouts[0] for layout in layouts):
         raise ValueError(f"tasks: {name}: data, got splits of different layouts {layouts}; valid: equal ones.")
-    rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(rows):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    stops = np.cumsum([0, *counts]).tolist()
-    splits = {split: (stops[i], stops[i + 1]) for i, split in enumerate(SPLITS)}
-    return rows, splits, (Source(name, digest.hexdigest()),)
+    return parts
 
 
 def _named(name: str, split: Split) -> Split:

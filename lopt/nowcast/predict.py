@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt.nowcast import network as N
-from lopt.nowcast.graph import Block, Graph, View
+from lopt.nowcast.graph import Block, Graph, View, floating
 
 TILE = 2048  # edges; vectors of a tile are 1 MB each at width 128
 SMALL = 2**16  # edges of a block that is still packed with others
@@ -64,7 +64,7 @@ def plan(graph: Graph, params: Any, paths: Sequence[str], *, taps: int, small: i
             rest.append(block)
     loops = np.arange(graph.count)
     rest.append(Block(N.SELF, loops, loops, None, None, False))
-    sizes = {path: math.prod(np.shape(x)) for path, x in _by_path(params).items()}
+    sizes = {path: math.prod(shape) for path, shape in floating(params)}
     held = [number[block.leaf] for block in rest if block.leaf is not None]
     leaves = sorted(set(held))
     offset = dict(zip(leaves, np.cumsum([0, *(sizes[paths[i]] for i in leaves)]), strict=False))
@@ -76,11 +76,6 @@ def plan(graph: Graph, params: Any, paths: Sequence[str], *, taps: int, small: i
         packed.setdefault(index.shape[1], []).append((block, index))
     placed = [path not in missing for path in paths]
     return Plan(graph.count, degree, grids, [_pack(some) for _, some in sorted(packed.items())], leaves, placed)
-
-
-def _by_path(params: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _add_degree(degree: np.ndarray, block: Block) -> None:

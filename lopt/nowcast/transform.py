@@ -94,7 +94,8 @@ def nowcaster(
     base_tx: optax.GradientTransformation,
     predictor: Callable[[Any], Predictor],
     *,
-    horizons: np.ndarray,
+    max_steps: int,
+    power: float,
     farthest: int,
     reference_lr: float | None,
     settings: Settings,
@@ -105,12 +106,13 @@ def nowcaster(
       where: name of the function that was called, for messages.
       base_tx: the base optimizer.
       predictor: `params -> Predictor`, called once for each structure of parameters.
-      horizons: of the nowcasts, `schedule`.
+      max_steps, power: of the horizons of the nowcasts, see `schedule`.
       farthest: longest horizon that the predictor knows.
       reference_lr: of its meta-training; None: not known.
       settings: the rest.
     """
     s = settings
+    horizons = schedule(max_steps, s.period, farthest=farthest, power=power)
     _check(where, s, reference_lr)
     base = optax.with_extra_args_support(base_tx)
     context, period, probe, guard, loss_fn = s.context, s.period, s.probe, s.guard, s.loss_fn
@@ -217,7 +219,7 @@ def nowcaster(
         differences, _, capped = proposals(state, params, many)
         ok = finite(differences)
         if many == 1:
-            choice = jnp.where(ok[0] & (jnp.isfinite(_mean(state.values)) | (not guard)), 1, 0)
+            choice = jnp.where(ok[0] & (jnp.isfinite(jnp.mean(state.values)) | (not guard)), 1, 0)
         else:
             losses = jax.lax.map(lambda i: loss_at(at_place(params, differences, i), extra), jnp.arange(many))
             losses = jnp.concatenate([loss_at(params, extra)[None], jnp.where(ok, losses, jnp.inf)])
@@ -250,7 +252,7 @@ def nowcaster(
         return state._replace(
             filled=jnp.zeros_like(state.filled),
             probing=jnp.where(moves & guard, probe, -1).astype(jnp.int32),
-            before=jnp.stack([_mean(state.values), jnp.var(state.values)]),
+            before=jnp.stack([jnp.mean(state.values), jnp.var(state.values)]),
             counts=counts,
         )
 
@@ -263,7 +265,7 @@ def nowcaster(
             old = treedef.unflatten([p if h is None else h for p, h in zip(leaves, last, strict=True)])
             reference, now, noise = loss_at(old, extra), loss_at(params, extra), 0.0
         else:
-            reference, now = state.before[0], _mean(state.values)
+            reference, now = state.before[0], jnp.mean(state.values)
             noise = 2 * jnp.sqrt((state.before[1] + jnp.var(state.values)) / probe)
         worse = ~(now <= reference + s.margin * jnp.abs(reference) + noise)
         back = [
@@ -358,10 +360,6 @@ def nowcaster(
 def _wide(x: jax.Array) -> Any:
     """A dtype in which differences are taken: float32, of float64 itself."""
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x)
 
 
 def _float(p: Any) -> bool:

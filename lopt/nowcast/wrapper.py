@@ -17,7 +17,7 @@ import optax
 from lopt.nowcast import network as N
 from lopt.nowcast import predict
 from lopt.nowcast.graph import Graph, floating
-from lopt.nowcast.transform import Nowcaster, Predictor, Settings, nowcaster, schedule
+from lopt.nowcast.transform import Nowcaster, Predictor, Settings, nowcaster
 
 
 def nino(
@@ -115,7 +115,8 @@ def nino(
         "nino",
         base_tx,
         predictor,
-        horizons=schedule(max_steps, period, farthest=network.settings["horizons"], power=power),
+        max_steps=max_steps,
+        power=power,
         farthest=network.settings["horizons"],
         reference_lr=network.lr,
         settings=Settings(
@@ -180,7 +181,8 @@ def wnn(
         "wnn",
         base_tx,
         predictor,
-        horizons=schedule(max_steps, period, farthest=network.settings["horizons"], power=power),
+        max_steps=max_steps,
+        power=power,
         farthest=network.settings["horizons"],
         reference_lr=network.lr,
         settings=Settings(
@@ -242,7 +244,8 @@ def linefit(
         "linefit",
         base_tx,
         predictor,
-        horizons=schedule(max_steps, period, farthest=farthest, power=power),
+        max_steps=max_steps,
+        power=power,
         farthest=farthest,
         reference_lr=None,
         settings=Settings(

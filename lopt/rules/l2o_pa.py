@@ -232,6 +232,14 @@ def solution(state: State) -> Any:
     return jax.tree.map(lambda leaf: leaf.x, state.leaves, is_leaf=lambda leaf: isinstance(leaf, Iterate))
 
 
+def solution_of(state: State, params: Any) -> Any:
+    """The same in the shapes of params, those of scalars too; params where the rule keeps no x."""
+    held = jax.tree.leaves(state.leaves, is_leaf=lambda leaf: isinstance(leaf, Iterate))
+    if not all(isinstance(leaf, Iterate) for leaf in held):
+        return params
+    return jax.tree.map(lambda x, p: x.reshape(jnp.shape(p)), solution(state), params)
+
+
 def _told_gradients_at_x(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """The transform with ∇f(x) put into its state before every update."""
 
@@ -243,7 +251,7 @@ def _told_gradients_at_x(tx: optax.GradientTransformationExtraArgs) -> optax.Gra
         at_x = jax.tree.map(
             lambda leaf, g: leaf._replace(gradient=g.astype(leaf.x.dtype).reshape(leaf.x.shape)),
             state.leaves,
-            grad_fn(jax.tree.map(lambda x, p: x.reshape(jnp.shape(p)), solution(state), params)),
+            grad_fn(solution_of(state, params)),
             is_leaf=lambda leaf: isinstance(leaf, Iterate),
         )
         return tx.update(updates, state._replace(leaves=at_x), params, **extra)
