@@ -64,12 +64,12 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
       ValueError: naming the file and the reason, if one is missing, damaged or does not fit its rule.
     """
     folder = find(name)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         rule = rules.make(config["rule"], **config["settings"])
     except (TypeError, ValueError) as e:
         raise ValueError(f"lopt.load: {folder / CONFIG} describes no rule of this lopt: {e}") from e
-    weights = _read_bytes(folder / WEIGHTS)
+    weights = read_bytes(folder / WEIGHTS)
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["sha256"]:
         raise ValueError(
@@ -194,17 +194,17 @@ def named_leaves(theta: Any) -> dict[str, Any]:
     }
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
         raise ValueError(f"lopt.load: {path} cannot be read: {e.strerror}.") from e
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(_read_bytes(path))
+        config = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"lopt.load: {path} is damaged: {str(e)[:200]}.") from e
     missing = {"format_version", "rule", "settings", "sha256"} - set(config if isinstance(config, dict) else ())

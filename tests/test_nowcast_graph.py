@@ -169,6 +169,11 @@ def test_conv_flatten_dense_with_norm_and_kernels_of_any_size():
         pytest.raises(ValueError, match="another one with the neurons of Conv_1 in"),
     ):
         graph.prove(jax.jit(apply), params)
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(ValueError, match=r"no group to rotate among .*; valid: a graph with hidden groups"),
+    ):
+        graph.prove(jax.jit(apply), params, skip=[group.name for group in graph.groups])
     assert not proves(apply, params, graph, {"Conv_1": shuffled(4, 1)})
 
 

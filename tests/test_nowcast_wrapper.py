@@ -205,18 +205,34 @@ def test_propose_and_accept_are_the_same_from_outside():
     params = {"x": path["x"][-1]}
     assert bool(tx.due(state))
     assert not bool(tx.due(state._replace(count=state.count - 1)))
-    candidates, horizons = tx.propose(state, params)
-    assert horizons.tolist() == [40, 20, 10]
-    params, state = tx.accept(state, params, candidates, [distance(p) for p in (params, *candidates)])
+    proposals = tx.propose(state, params)
+    assert proposals.horizons.tolist() == [40, 20, 10]
+    params, state = tx.accept(state, params, proposals, [distance(p) for p in (params, *proposals.params)])
     np.testing.assert_allclose(params["x"], inside["x"][-1], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(state.counts), jax.tree.leaves(wanted.counts), strict=True):
         assert a == b
     assert (state.count, state.filled, state.probing) == (PERIOD, 0, 3)
-    same, refused = tx.accept(state, params, candidates, [0.0, 1.0, 2.0, jnp.nan])
+    same, refused = tx.accept(state, params, proposals, [0.0, 1.0, 2.0, jnp.nan])
     np.testing.assert_array_equal(same["x"], params["x"])
     assert refused.counts.rejected == 1
     with pytest.raises(ValueError, match="one of params and one each of 3 proposals"):
-        tx.accept(state, params, candidates, [0.0])
+        tx.accept(state, params, proposals, [0.0])
+
+
+@pytest.mark.slow  # of compilation
+def test_accept_counts_tensors_that_were_cut_and_goes_on_in_schedules():
+    base = optax.chain(optax.sign_sgd(0.125), optax.scale_by_schedule(lambda count: 1.0))
+    tx = nowcast.linefit(base, loss_fn=distance, cap=0.5, **SETTINGS)
+    _, wanted = run(tx, start(), PERIOD)
+    path, state = run(tx, start(), PERIOD - 1)
+    params = {"x": path["x"][-1]}
+    proposals = tx.propose(state, params)
+    assert proposals.capped.tolist() == [1, 1, 1]
+    _, accepted = tx.accept(state, params, proposals, [distance(p) for p in (params, *proposals.params)])
+    _, refused = tx.accept(state, params, proposals, [0.0, 1.0, 2.0, 3.0])
+    assert counts(accepted) == counts(wanted) == {"applied": 1, "capped": 1}
+    assert counts(refused) == {"rejected": 1}
+    assert {int(x.base[1].count) for x in (wanted, accepted, refused)} == {PERIOD}
 
 
 @pytest.mark.slow  # of compilation
@@ -314,7 +330,11 @@ def test_settings_without_meaning_are_refused():
         ({"probe": 7}, "probe, got 7; valid: below period // context - 1 = 7"),
         ({"period": 0}, "period, got 0; valid: an integer >= 1"),
         ({"margin": -1.0}, "margin, got -1.0; valid: >= 0"),
-        ({"context": 4}, "context, got 4; the network sees 5"),
+        ({"context": 4}, "context, got 4; valid: 5, what the network sees"),
+        ({"upd_scale": float("nan")}, "upd_scale, got nan; valid: finite"),
+        ({"power": 0.0}, "power, got 0.0; valid: > 0, finite"),
+        ({"tile": 0}, "tile, got 0; valid: None or an integer >= 1"),
+        ({"small": -1}, "small, got -1; valid: None or an integer >= 0"),
         ({"network": tiny("wnn")}, "network, got 'wnn'; valid: a 'gnn'"),
         ({"fallback": network}, "fallback: network, got 'gnn'; valid: a 'wnn'"),
     ):

@@ -81,7 +81,7 @@ def recognise(params: Any, *, heads: int | None = None) -> Graph:
     """
     modules = parse(params)
     if not modules:
-        raise ValueError("lopt.nowcast.recognise: params have no leaves of floats.")
+        raise ValueError("lopt.nowcast.recognise: params have no leaves of floats; valid: a pytree with some.")
     if any(m.kernel and _is(m, (*QUERY, *FUSED)) for m in modules):
         return transformer(modules, heads=heads)
     return chain(modules)

@@ -140,7 +140,7 @@ class Graph:
     ) -> None:
         start, size = part or (0, len(into))
         if size != len(into):
-            raise ValueError(f"Graph: {path!r} has {size} elements for {len(into)} neurons of {into.name!r}.")
+            raise ValueError(f"Graph: {path!r} has {size} elements; valid: {len(into)}, the neurons of {into.name!r}.")
         seen = View((total or start + size,), "d", (start,), (size,))
         self._add(Block(kind, source.ids, into.ids, path, seen, True))
 
@@ -247,7 +247,7 @@ class Graph:
     def residual(self, x: Nodes, into: Nodes, kind: int = N.RESIDUAL) -> None:
         """Edges without weight from neuron i to neuron i."""
         if len(x) != len(into):
-            raise ValueError(f"Graph.residual: {x.name!r} has {len(x)} neurons, {into.name!r} {len(into)}.")
+            raise ValueError(f"Graph.residual: {x.name!r} has {len(x)} neurons; valid: {len(into)}, as {into.name!r}.")
         self._add(Block(kind, x.ids, into.ids, None, None, False))
 
     def attention(
@@ -456,7 +456,7 @@ class Graph:
           The groups that were rotated.
 
         Raises:
-          ValueError: naming the groups whose rotation changes the outputs.
+          ValueError: naming the groups whose rotation changes the outputs, or where there is none to rotate.
         """
         before, proven = np.asarray(apply(params)), []
         for some in self._tied():
@@ -469,8 +469,16 @@ class Graph:
             names = ", ".join(order)
             after = np.asarray(apply(self.permuted(params, order)))
             if not np.abs(after - before).max() <= rtol * np.abs(before).max():
-                raise ValueError(f"Graph.prove: the network is another one with the neurons of {names} in turn.")
+                raise ValueError(
+                    f"Graph.prove: the network is another one with the neurons of {names} in turn; valid: a graph "
+                    "whose edges end at neurons of matching index, or skip= for groups whose neurons are told apart."
+                )
             proven += order
+        if not proven:
+            raise ValueError(
+                f"Graph.prove: no group to rotate among {', '.join(group.name for group in self.groups)}; valid: a "
+                "graph with hidden groups of two neurons and more that skip= does not name."
+            )
         return proven
 
     def _tied(self) -> list[list[tuple[Nodes, int]]]:
@@ -532,7 +540,8 @@ class Graph:
             at, goes = np.lexsort(here.T), np.lexsort(there.T)
             if not np.array_equal(here[at], there[goes]):
                 raise ValueError(
-                    f"Graph.permuted: {block.leaf!r} has no edges where the order would put some of its own."
+                    f"Graph.permuted: {block.leaf!r} has no edges where the order would put some of its own; valid: an "
+                    "order within groups that this leaf connects alike."
                 )
             index = block.places()
             new[block.leaf][index[at]] = flat[block.leaf][index[goes]]
@@ -556,10 +565,12 @@ def _check(block: Block, size: int, shape: tuple[int, ...], count: int) -> None:
     where = f"Graph.validate: {block.leaf!r}"
     for ids in (block.source, block.target):
         if ids.size and not (ids.min() >= 0 and ids.max() < count):
-            raise ValueError(f"{where}: a neuron outside 0 … {count - 1}.")
+            raise ValueError(f"{where}: a neuron that does not exist; valid: 0 … {count - 1}.")
     if block.table is not None:
         if len(block.table) != len(block.source) or block.table.max() >= size:
-            raise ValueError(f"{where}: its table has {len(block.table)} edges for {size} elements.")
+            raise ValueError(
+                f"{where}: its table has {len(block.table)} places; valid: {len(block.source)}, all below {size}."
+            )
         return
     assert block.view is not None
     if math.prod(block.view.shape) != size:

@@ -55,13 +55,13 @@ def _artifact(folder: Path, lr: float | None) -> N.Network:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    config = pretrained._read_config(folder)
+    config = pretrained.read_config(folder)
     name = str(config["rule"]).removeprefix("nowcast.")
     if name not in N.DEFAULTS or name == config["rule"]:
         raise unknown(
             f"lopt.nowcast.read: {folder}", "network", str(config["rule"]), [f"nowcast.{x}" for x in N.DEFAULTS]
         )
-    content = pretrained._read_bytes(folder / pretrained.WEIGHTS)
+    content = pretrained.read_bytes(folder / pretrained.WEIGHTS)
     if (digest := hashlib.sha256(content).hexdigest()) != config["sha256"]:
         raise ValueError(f"lopt.nowcast.read: {folder / pretrained.WEIGHTS} is damaged: its sha256 is {digest:.12}….")
     try:

@@ -7,7 +7,8 @@ Differs from the paper: the guard, and that history and counters are in the stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -61,18 +62,26 @@ class State(NamedTuple):
     counts: Counts
 
 
+class Proposals(NamedTuple):
+    """What the next call of a nowcaster could set, at horizons k, k/2 and k/4."""
+
+    params: list[Any]  # three times the parameters
+    horizons: jax.Array  # [3] int32, in capture intervals
+    capped: jax.Array  # [3] int32, tensors of each whose displacement was cut
+
+
 class Nowcaster(optax.GradientTransformationExtraArgs):
     """An optax transform whose nowcasts can also be made from outside of jit.
 
     due(state): () bool, whether the next call is a nowcast.
-    propose(state, params): the parameters that it could set, at horizons k, k/2 and k/4, and these horizons.
+    propose(state, params): `Proposals`.
     accept(state, params, proposals, losses): (params, state) after the best of them in place of `update`, by losses of
-      [params, *proposals]; a nowcast that lowers none leaves the parameters, and costs this call.
+      [params, *proposals.params]; where none is lower the parameters stay, and the call has made no step.
     """
 
     due: Callable[[State], jax.Array]
-    propose: Callable[[State, Any], tuple[list[Any], jax.Array]]
-    accept: Callable[[State, Any, Sequence[Any], Any], tuple[Any, State]]
+    propose: Callable[[State, Any], Proposals]
+    accept: Callable[[State, Any, Proposals, Any], tuple[Any, State]]
 
 
 def schedule(max_steps: int, period: int, *, farthest: int = 40, power: float = 2.0) -> np.ndarray:
@@ -82,9 +91,11 @@ def schedule(max_steps: int, period: int, *, farthest: int = 40, power: float = 
     >>> nowcast.schedule(3000, 1000).tolist()
     [40, 13, 1]
     """
-    for name, got in {"max_steps": max_steps, "period": period}.items():
+    for name, got in {"max_steps": max_steps, "period": period, "farthest": farthest}.items():
         if not isinstance(got, int | np.integer) or got < 1:
             raise ValueError(f"lopt.nowcast: {name}, got {got!r}; valid: an integer >= 1.")
+    if not 0 < power < np.inf:
+        raise ValueError(f"lopt.nowcast: power, got {power!r}; valid: > 0, finite.")
     n = max(1, max_steps // period)
     return np.round(np.linspace(farthest ** (1 / power), 1, n) ** power).astype(np.int32)
 
@@ -111,55 +122,81 @@ def nowcaster(
       reference_lr: of its meta-training; None: not known.
       settings: the rest.
     """
-    s = settings
-    horizons = schedule(max_steps, s.period, farthest=farthest, power=power)
-    _check(where, s, reference_lr)
-    base = optax.with_extra_args_support(base_tx)
-    context, period, probe, guard, loss_fn = s.context, s.period, s.probe, s.guard, s.loss_fn
-    interval = period // context
-    made: dict[Any, Predictor] = {}
+    horizons = schedule(max_steps, settings.period, farthest=farthest, power=power)
+    _check(where, settings, reference_lr)
+    caster = _Caster(
+        where,
+        predictor,
+        settings,
+        optax.with_extra_args_support(base_tx),
+        horizons,
+        farthest,
+        reference_lr,
+        {},
+    )
+    tx = Nowcaster(caster.init, caster.update)
+    tx.due, tx.propose, tx.accept = caster.due, caster.propose, caster.accept
+    return tx
 
-    def predictor_of(params: Any) -> Predictor:
-        # A plan is made once for parameters of the same structure; in jit that is once a trace.
+
+@dataclass(frozen=True, eq=False)  # its methods are given to jit, which hashes them
+class _Caster:
+    """A nowcaster's functions, and what they share."""
+
+    where: str
+    predictor: Callable[[Any], Predictor]
+    s: Settings
+    base: optax.GradientTransformationExtraArgs
+    horizons: np.ndarray  # [nowcasts]
+    farthest: int
+    reference_lr: float | None
+    made: dict[Any, Predictor]  # by structure and shapes: in jit a plan is made once a trace
+
+    @property
+    def interval(self) -> int:
+        """Calls from one captured state to the next."""
+        return self.s.period // self.s.context
+
+    def predictor_of(self, params: Any) -> Predictor:
         key = (jax.tree.structure(params), tuple(floating(params)))
-        if key not in made:
-            made[key] = predictor(params)
-        return made[key]
+        if key not in self.made:
+            self.made[key] = self.predictor(params)
+        return self.made[key]
 
-    def init(params: Any) -> State:
-        predictor_of(params)
+    def init(self, params: Any) -> State:
+        self.predictor_of(params)
         history = jax.tree.map(
-            lambda p: jnp.zeros((context, *jnp.shape(p)), jnp.result_type(p)) if _float(p) else None, params
+            lambda p: jnp.zeros((self.s.context, *jnp.shape(p)), jnp.result_type(p)) if _float(p) else None, params
         )
         zero = jnp.zeros((), jnp.int32)
         return State(
-            base.init(params),
+            self.base.init(params),
             history,
             zero,
             zero,
             jnp.full((), -1, jnp.int32),
-            jnp.full((probe,), jnp.nan, jnp.float32),
+            jnp.full((self.s.probe,), jnp.nan, jnp.float32),
             jnp.full((2,), jnp.nan, jnp.float32),
             Counts(*[zero] * 5),
         )
 
-    def horizon(count: jax.Array) -> jax.Array:
+    def horizon(self, count: jax.Array) -> jax.Array:
         """() k of this call, in capture intervals."""
-        k = jnp.asarray(horizons)[jnp.minimum(count // period, len(horizons) - 1)]
-        if s.lr is None or reference_lr is None:
+        k = jnp.asarray(self.horizons)[jnp.minimum(count // self.s.period, len(self.horizons) - 1)]
+        if self.s.lr is None or self.reference_lr is None:
             return k
-        lr = s.lr(count) if callable(s.lr) else s.lr
-        shorter = jnp.round(k * jnp.minimum(1.0, reference_lr / jnp.maximum(jnp.asarray(lr, jnp.float32), 1e-30)))
-        return jnp.clip(shorter.astype(jnp.int32), 1, farthest)
+        lr = self.s.lr(count) if callable(self.s.lr) else self.s.lr
+        shorter = jnp.round(k * jnp.minimum(1.0, self.reference_lr / jnp.maximum(jnp.asarray(lr, jnp.float32), 1e-30)))
+        return jnp.clip(shorter.astype(jnp.int32), 1, self.farthest)
 
-    def captured(state: State, params: Any) -> State:
+    def captured(self, state: State, params: Any) -> State:
         """With the parameters in the history, if it is their time."""
         leaves, treedef = jax.tree.flatten(params)
         history = treedef.flatten_up_to(state.history)
-        now = (state.count + 1) % interval == 0
+        now = (state.count + 1) % self.interval == 0
 
         def write(some: list[jax.Array]) -> list[jax.Array]:
-            slot = jnp.minimum(state.filled, context - 1)
+            slot = jnp.minimum(state.filled, self.s.context - 1)
             return [
                 jax.lax.dynamic_update_index_in_dim(h, jnp.asarray(p).astype(h.dtype), slot, 0)
                 for h, p in zip(some, kept, strict=True)
@@ -170,21 +207,21 @@ def nowcaster(
         history = treedef.unflatten([None if h is None else next(new) for h in history])
         return state._replace(history=history, filled=state.filled + now)
 
-    def proposals(state: State, params: Any, count: int) -> tuple[list[Any], jax.Array, jax.Array]:
+    def proposals(self, state: State, params: Any, count: int) -> tuple[list[Any], jax.Array, jax.Array]:
         """[count, *shape] differences a leaf of params (None: stays), horizons [count], tensors capped [count]."""
         leaves, treedef = jax.tree.flatten(params)
         history = treedef.flatten_up_to(state.history)
-        k = horizon(state.count)
+        k = self.horizon(state.count)
         at = jnp.maximum(jnp.round(k / 2.0 ** jnp.arange(count)).astype(jnp.int32), 1)
-        differences = predictor_of(params)([h for h in history if h is not None], at)
+        differences = self.predictor_of(params)([h for h in history if h is not None], at)
         found, capped = [], jnp.zeros(count, jnp.int32)
         of_floats = iter(differences)
         for p, h in zip(leaves, history, strict=True):
             u = None if h is None else next(of_floats)
-            if u is not None and guard:
+            if u is not None and self.s.guard:
                 axes = tuple(range(1, u.ndim))
                 size = jnp.sqrt(jnp.sum(u**2, axes))
-                most = s.cap * jnp.linalg.norm(jnp.asarray(p, jnp.float32))
+                most = self.s.cap * jnp.linalg.norm(jnp.asarray(p, jnp.float32))
                 capped += (size > most).astype(jnp.int32)
                 # A difference that is not finite stays so, and is refused as a whole.
                 factor = jnp.where(size > most, most / jnp.maximum(size, 1e-30), 1.0)
@@ -192,41 +229,27 @@ def nowcaster(
             found.append(u)
         return found, at, capped
 
-    def at_place(params: Any, differences: list[Any], i: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        return treedef.unflatten(
-            [
-                p if u is None else (p + u[i]).astype(jnp.result_type(p))
-                for p, u in zip(leaves, differences, strict=True)
-            ]
-        )
-
-    def loss_at(params: Any, extra: dict[str, Any]) -> jax.Array:
-        assert loss_fn is not None
-        loss = loss_fn(params, extra["batch"]) if extra.get("batch") is not None else loss_fn(params)
+    def loss_at(self, params: Any, extra: dict[str, Any]) -> jax.Array:
+        assert self.s.loss_fn is not None
+        loss = self.s.loss_fn(params, extra["batch"]) if extra.get("batch") is not None else self.s.loss_fn(params)
         if jnp.shape(loss) != ():
-            raise ValueError(f"lopt.nowcast.{where}: loss_fn, got shape {jnp.shape(loss)}; valid: a scalar.")
+            raise ValueError(f"lopt.nowcast.{self.where}: loss_fn, got shape {jnp.shape(loss)}; valid: a scalar.")
         return jnp.asarray(loss, jnp.float32)
 
-    def finite(differences: list[Any]) -> jax.Array:
-        """[count] whether all of a nowcast is finite."""
-        oks = [jnp.all(jnp.isfinite(u), tuple(range(1, u.ndim))) for u in differences if u is not None]
-        return jnp.all(jnp.stack(oks), 0) if oks else jnp.zeros(1, bool)
-
-    def nowcast(state: State, params: Any, extra: dict[str, Any]) -> tuple[jax.Array, list[Any], State]:
+    def nowcast(self, state: State, params: Any, extra: dict[str, Any]) -> tuple[jax.Array, list[Any], State]:
         """Whether to move, by how much, and the state that says so."""
-        many = 3 if guard and loss_fn is not None else 1
-        differences, _, capped = proposals(state, params, many)
-        ok = finite(differences)
+        many = 3 if self.s.guard and self.s.loss_fn is not None else 1
+        differences, _, capped = self.proposals(state, params, many)
+        ok = _finite(differences)
         if many == 1:
-            choice = jnp.where(ok[0] & (jnp.isfinite(jnp.mean(state.values)) | (not guard)), 1, 0)
+            choice = jnp.where(ok[0] & (jnp.isfinite(jnp.mean(state.values)) | (not self.s.guard)), 1, 0)
         else:
-            losses = jax.lax.map(lambda i: loss_at(at_place(params, differences, i), extra), jnp.arange(many))
-            losses = jnp.concatenate([loss_at(params, extra)[None], jnp.where(ok, losses, jnp.inf)])
-            choice = best(losses)
+            losses = jax.lax.map(lambda i: self.loss_at(_at_place(params, differences, i), extra), jnp.arange(many))
+            losses = jnp.concatenate([self.loss_at(params, extra)[None], jnp.where(ok, losses, jnp.inf)])
+            choice = self.best(losses)
         moves = choice > 0
         place = jnp.maximum(choice - 1, 0)
-        state = decided(state, choice, capped[place])
+        state = self.decided(state, choice, capped[place])
         treedef = jax.tree.structure(params)
         # Like what `judge` gives, since `update` has both as branches of one condition.
         some = [
@@ -235,13 +258,13 @@ def nowcaster(
         ]
         return moves, some, state
 
-    def best(losses: jax.Array) -> jax.Array:
+    def best(self, losses: jax.Array) -> jax.Array:
         """() of the lowest loss; 0, to stay, if it is above that of staying plus the slack, or that is not finite."""
-        stay = losses[0] + s.slack * jnp.abs(losses[0])
+        stay = losses[0] + self.s.slack * jnp.abs(losses[0])
         losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf).at[0].set(stay)
         return jnp.where(jnp.isfinite(stay), jnp.argmin(losses), 0)
 
-    def decided(state: State, choice: jax.Array, capped: jax.Array) -> State:
+    def decided(self, state: State, choice: jax.Array, capped: jax.Array) -> State:
         moves, c = choice > 0, state.counts
         counts = c._replace(
             applied=c.applied + moves,
@@ -251,23 +274,23 @@ def nowcaster(
         )
         return state._replace(
             filled=jnp.zeros_like(state.filled),
-            probing=jnp.where(moves & guard, probe, -1).astype(jnp.int32),
+            probing=jnp.where(moves & self.s.guard, self.s.probe, -1).astype(jnp.int32),
             before=jnp.stack([jnp.mean(state.values), jnp.var(state.values)]),
             counts=counts,
         )
 
-    def judge(state: State, params: Any, extra: dict[str, Any]) -> tuple[jax.Array, list[Any], State]:
+    def judge(self, state: State, params: Any, extra: dict[str, Any]) -> tuple[jax.Array, list[Any], State]:
         """After the probe: back to the snapshot, which is the last captured state, if the loss is worse."""
         leaves, treedef = jax.tree.flatten(params)
         history = treedef.flatten_up_to(state.history)
         last = [None if h is None else h[-1] for h in history]
-        if loss_fn is not None:
+        if self.s.loss_fn is not None:
             old = treedef.unflatten([p if h is None else h for p, h in zip(leaves, last, strict=True)])
-            reference, now, noise = loss_at(old, extra), loss_at(params, extra), 0.0
+            reference, now, noise = self.loss_at(old, extra), self.loss_at(params, extra), 0.0
         else:
             reference, now = state.before[0], jnp.mean(state.values)
-            noise = 2 * jnp.sqrt((state.before[1] + jnp.var(state.values)) / probe)
-        worse = ~(now <= reference + s.margin * jnp.abs(reference) + noise)
+            noise = 2 * jnp.sqrt((state.before[1] + jnp.var(state.values)) / self.s.probe)
+        worse = ~(now <= reference + self.s.margin * jnp.abs(reference) + noise)
         back = [
             None if h is None else h.astype(_wide(h)) - jnp.asarray(p, _wide(h))
             for p, h in zip(leaves, last, strict=True)
@@ -275,30 +298,32 @@ def nowcaster(
         counts = state.counts._replace(restored=state.counts.restored + worse)
         return worse, back, state._replace(probing=jnp.full_like(state.probing, -1), counts=counts)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, State]:
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, State]:
         if params is None:
-            raise ValueError(f"lopt.nowcast.{where}: update got params=None; call tx.update(grads, state, params).")
-        if guard and loss_fn is None and extra.get("value") is None:
             raise ValueError(
-                f"lopt.nowcast.{where}: the guard has nothing to judge by; valid: loss_fn=, or value=loss in "
+                f"lopt.nowcast.{self.where}: update got params=None; call tx.update(grads, state, params)."
+            )
+        if self.s.guard and self.s.loss_fn is None and extra.get("value") is None:
+            raise ValueError(
+                f"lopt.nowcast.{self.where}: the guard has nothing to judge by; valid: loss_fn=, or value=loss in "
                 "tx.update, or guard=False."
             )
         if extra.get("value") is not None:
             value = jnp.asarray(extra["value"], jnp.float32).reshape(())
-            state = state._replace(values=state.values.at[state.count % probe].set(value))
-        state = captured(state, params)
-        due, judged = state.filled == context, state.probing == 0
+            state = state._replace(values=state.values.at[state.count % self.s.probe].set(value))
+        state = self.captured(state, params)
+        due, judged = state.filled == self.s.context, state.probing == 0
 
-        like, _ = jax.eval_shape(lambda u, b, p: base.update(u, b, p, **extra), updates, state.base, params)
+        like, _ = jax.eval_shape(lambda u, b, p: self.base.update(u, b, p, **extra), updates, state.base, params)
 
         def step(state: State) -> tuple[Any, State]:
-            out, after = base.update(updates, state.base, params, **extra)
+            out, after = self.base.update(updates, state.base, params, **extra)
             left = jnp.where(state.probing > 0, state.probing - 1, state.probing)
             return out, state._replace(base=after, probing=left)
 
         def special(state: State) -> tuple[Any, State]:
             moves, differences, state = jax.lax.cond(
-                due, lambda st: nowcast(st, params, extra), lambda st: judge_or_nothing(st), state
+                due, lambda st: self.nowcast(st, params, extra), lambda st: judge_or_nothing(st), state
             )
 
             def move(state: State) -> tuple[Any, State]:
@@ -309,52 +334,60 @@ def nowcaster(
                         for x, u in zip(treedef.flatten_up_to(like), differences, strict=True)
                     ]
                 )
-                fresh = base.init(optax.apply_updates(params, out)) if s.reset_moments else state.base
+                fresh = self.base.init(optax.apply_updates(params, out)) if self.s.reset_moments else state.base
                 return out, state._replace(base=_ticked(state.base, fresh))
 
             return jax.lax.cond(moves, move, step, state)
 
         def judge_or_nothing(state: State) -> tuple[jax.Array, list[Any], State]:
-            if guard:
-                return judge(state, params, extra)
+            if self.s.guard:
+                return self.judge(state, params, extra)
             # Without the guard nothing is ever judged; this branch is not taken.
-            shapes = jax.eval_shape(lambda st: nowcast(st, params, extra)[1], state)
+            shapes = jax.eval_shape(lambda st: self.nowcast(st, params, extra)[1], state)
             return jnp.zeros((), bool), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), state
 
         out, state = jax.lax.cond(due | judged, special, step, state)
         return out, state._replace(count=state.count + 1)
 
-    def due(state: State) -> jax.Array:
-        return ((state.count + 1) % interval == 0) & (state.filled == context - 1)
+    def due(self, state: State) -> jax.Array:
+        return ((state.count + 1) % self.interval == 0) & (state.filled == self.s.context - 1)
 
-    def propose(state: State, params: Any) -> tuple[list[Any], jax.Array]:
-        state = captured(state, params)
-        differences, at, _ = proposals(state, params, 3)
-        return [at_place(params, differences, i) for i in range(3)], at
+    def propose(self, state: State, params: Any) -> Proposals:
+        state = self.captured(state, params)
+        differences, at, capped = self.proposals(state, params, 3)
+        return Proposals([_at_place(params, differences, i) for i in range(3)], at, capped)
 
-    def accept(state: State, params: Any, candidates: Sequence[Any], losses: Any) -> tuple[Any, State]:
+    def accept(self, state: State, params: Any, proposals: Proposals, losses: Any) -> tuple[Any, State]:
         losses = jnp.stack([jnp.asarray(x, jnp.float32) for x in losses])
-        if losses.shape != (len(candidates) + 1,):
+        if losses.shape != (len(proposals.params) + 1,):
             raise ValueError(
-                f"lopt.nowcast.{where}.accept: losses, got shape {losses.shape}; valid: one of params and one each of "
-                f"{len(candidates)} proposals."
+                f"lopt.nowcast.{self.where}.accept: losses, got shape {losses.shape}; valid: one of params and one "
+                f"each of {len(proposals.params)} proposals."
             )
-        state = captured(state, params)
-        choice = best(losses)
-        state = decided(state, choice, jnp.zeros((), jnp.int32))
-        stay = choice == 0
+        choice = self.best(losses)
+        state = self.captured(state, params)
+        state = self.decided(state, choice, proposals.capped[jnp.maximum(choice - 1, 0)])
         new = jax.tree.map(
             lambda *xs: jnp.select([choice == i for i in range(len(xs))], xs) if _float(xs[0]) else xs[0],
             params,
-            *candidates,
+            *proposals.params,
         )
-        fresh = base.init(new) if s.reset_moments else state.base
-        moved = jax.tree.map(lambda a, b: jnp.where(stay, a, b), state.base, _ticked(state.base, fresh))
-        return new, state._replace(base=moved, count=state.count + 1)
+        fresh = self.base.init(new) if self.s.reset_moments else state.base
+        moved = jax.tree.map(lambda a, b: jnp.where(choice == 0, a, b), state.base, fresh)
+        return new, state._replace(base=_ticked(state.base, moved), count=state.count + 1)
 
-    tx = Nowcaster(init, update)
-    tx.due, tx.propose, tx.accept = due, propose, accept
-    return tx
+
+def _at_place(params: Any, differences: list[Any], i: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(
+        [p if u is None else (p + u[i]).astype(jnp.result_type(p)) for p, u in zip(leaves, differences, strict=True)]
+    )
+
+
+def _finite(differences: list[Any]) -> jax.Array:
+    """[count] whether all of a nowcast is finite."""
+    oks = [jnp.all(jnp.isfinite(u), tuple(range(1, u.ndim))) for u in differences if u is not None]
+    return jnp.all(jnp.stack(oks), 0) if oks else jnp.zeros(1, bool)
 
 
 def _wide(x: jax.Array) -> Any:

@@ -74,6 +74,7 @@ def nino(
       ValueError: on a setting without meaning; at init if the graph does not fit the parameters.
     """
     _network("nino", network, "gnn", context)
+    _counted("nino", upd_scale, tile=(tile, 1), small=(small, 0))
     if fallback is not None:
         _network("nino: fallback", fallback, "wnn", context)
     said: set[tuple[str, ...]] = set()
@@ -166,6 +167,7 @@ def wnn(
       ValueError: on a setting without meaning.
     """
     _network("wnn", network, "wnn", context)
+    _counted("wnn", upd_scale, tile=(tile, 1))
 
     def predictor(params: Any) -> Predictor:
         kinds = _kinds(None if graph is None else graph if isinstance(graph, Graph) else graph(params), params)
@@ -271,8 +273,17 @@ def _network(where: str, network: Any, name: str, context: int) -> None:
         )
     if network.settings["context"] != context:
         raise ValueError(
-            f"lopt.nowcast.{where}: context, got {context}; the network sees {network.settings['context']}."
+            f"lopt.nowcast.{where}: context, got {context}; valid: {network.settings['context']}, what the network "
+            "sees."
         )
+
+
+def _counted(where: str, upd_scale: float, **sizes: tuple[Any, int]) -> None:
+    if not np.isfinite(upd_scale):
+        raise ValueError(f"lopt.nowcast.{where}: upd_scale, got {upd_scale!r}; valid: finite.")
+    for name, (got, least) in sizes.items():
+        if got is not None and (not isinstance(got, int | np.integer) or got < least):
+            raise ValueError(f"lopt.nowcast.{where}: {name}, got {got!r}; valid: None or an integer >= {least}.")
 
 
 def _unscaled(out: list[Any], history: list[jax.Array], scales: Any, upd_scale: float) -> list[Any]:
