@@ -22,7 +22,7 @@ from lopt.base import LearnedOptimizer, unknown
 from lopt.console import compiler_options
 from lopt.pretrained import CONFIG, find, named_leaves, read
 from meta_train import config as cfg
-from meta_train import distributed, draws, meta_optimizer, placement, validation
+from meta_train import distributed, draws, meta_optimizer, placement, separate, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
 from meta_train.groups import feed, make_tasks, param_shapes
@@ -57,7 +57,7 @@ class Stage(NamedTuple):
     """A part of the curriculum: its function `meta_step: (data, State) -> (State, metrics)`."""
 
     start: int  # its first meta-step
-    meta_step: Any  # one jitted function, unless groups live on different processes
+    meta_step: Any  # one jitted function, or `separate.Separate`, unless groups live on different processes
     inner_steps: int  # the most inner updates of one meta-step, all copies counted; the metrics have what it was
 
 
@@ -202,15 +202,10 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
         return State(zero, theta, tx.init(theta), every, zero, ema, best)
 
-    def estimates(stage, data, step, theta, states) -> tuple[dict[int, Estimate], tuple[Any, ...]]:
-        """Of the groups that have states, over the devices of the mapped axis, each with its share of the particles."""
-        key = jax.random.fold_in(seed(1), step)
-        found, after = {}, list(states)
-        for i, (d, state) in enumerate(zip(data, states, strict=True)):
-            if state != ():
-                estimate, after[i] = estimator(stage, i, d).estimate(jax.random.fold_in(key, i), theta, state)
-                found[i] = estimate.across(AXIS)
-        return found, tuple(after)
+    def estimate(stage, i, data, step, theta, state) -> tuple[Estimate, Any]:
+        """Of group i, with its data and its particles."""
+        key = jax.random.fold_in(jax.random.fold_in(seed(1), step), i)
+        return estimator(stage, i, data).estimate(key, theta, state)
 
     def update(state: State, grad: Any, loss: Any, norms: Any, counts: Any) -> tuple[State, dict[str, jax.Array]]:
         """Move theta by the weighted gradient; losses and norms are [G], counts [4, G]."""
@@ -243,7 +238,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
     data = [jax.device_get(task.data) for task in group_tasks]
     fed = partial(feed, group_tasks, every=run.window_steps)
-    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, initial, estimates, update, most)
+    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, initial, estimate, update, most)
     program = _together(pieces, mesh) if placed is None else _apart(pieces, mesh, placed)
     if not run.validation.tasks:
         return program
@@ -260,44 +255,81 @@ class Pieces(NamedTuple):
     weights: Sequence[float]  # of the groups, summing to 1
     shapes: State
     initial: Callable[[Iterable[int]], State]  # with the particles of these groups
-    estimates: Callable[..., tuple[dict[int, Estimate], tuple[Any, ...]]]
+    estimate: Callable[..., tuple[Estimate, Any]]  # (stage, group, data, step, theta, its state)
     update: Callable[..., tuple[State, dict[str, jax.Array]]]
     most: Callable[[cfg.Stage], int]  # inner updates of a meta-step
+
+    def move(self, state: State, each: Sequence[Estimate]) -> tuple[State, dict[str, jax.Array]]:
+        """Theta moved by the weighted estimates of all groups."""
+        scaled = [jax.tree.map(lambda g, w=w: w * g, e.grad) for w, e in zip(self.weights, each, strict=True)]
+        grad = jax.tree.map(lambda *gs: sum(gs), *scaled)
+        counts = [[getattr(e, name) for e in each] for name in ("diverged", "resets", "steps", "lost")]
+        return self.update(state, grad, [e.loss for e in each], [e.norm for e in each], counts)
 
 
 EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
 
 
 def _together(pieces: Pieces, mesh: Mesh) -> Program:
-    """All processes hold all groups: one program over one mesh."""
+    """All processes hold all groups: over one mesh, one program, or one a group."""
     layout = State(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, EVERYWHERE, EVERYWHERE, EVERYWHERE)
     shardings, replicated = State(*(NamedSharding(mesh, part) for part in layout)), NamedSharding(mesh, EVERYWHERE)
 
-    def meta_step(stage, data, state: State):
-        found, estimators = jax.shard_map(
-            partial(pieces.estimates, stage),
-            mesh=mesh,
-            in_specs=(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD),
-            out_specs=(EVERYWHERE, SPREAD),
-            check_vma=False,
-        )(data, state.step, state.theta, state.estimators)
-        each = [found[i] for i in range(len(pieces.weights))]
-        scaled = [jax.tree.map(lambda g, w=w: w * g, e.grad) for w, e in zip(pieces.weights, each, strict=True)]
-        grad = jax.tree.map(lambda *gs: sum(gs), *scaled)
-        counts = [[getattr(e, name) for e in each] for name in ("diverged", "resets", "steps", "lost")]
-        state = state._replace(estimators=estimators)
-        return pieces.update(state, grad, [e.loss for e in each], [e.norm for e in each], counts)
-
     def compiled(stage: cfg.Stage) -> Stage:
+        step = alone(stage) if len(pieces.weights) == 1 else apart(stage)
+        return Stage(stage.start, step, pieces.most(stage))
+
+    def alone(stage: cfg.Stage) -> Any:
+        def estimate(data, step, theta, state):
+            found, state = pieces.estimate(stage, 0, data, step, theta, state)
+            return found.across(AXIS), state
+
+        def meta_step(data, state: State):
+            parts = dict(in_specs=(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD), out_specs=(EVERYWHERE, SPREAD))
+            found, after = jax.shard_map(estimate, mesh=mesh, check_vma=False, **parts)(
+                data[0], state.step, state.theta, state.estimators[0]
+            )
+            return pieces.move(state._replace(estimators=(after,)), [found])
+
         # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
         step = jax.jit(
-            partial(meta_step, stage),
-            donate_argnums=1,
-            out_shardings=(shardings, replicated),
-            compiler_options=compiler_options(),
+            meta_step, donate_argnums=1, out_shardings=(shardings, replicated), compiler_options=compiler_options()
         )
         jax.eval_shape(step, data, pieces.shapes)  # errors of settings surface before anything is written
-        return Stage(stage.start, step, pieces.most(stage))
+        return step
+
+    def apart(stage: cfg.Stage) -> separate.Separate:
+        spread, rest = NamedSharding(mesh, SPREAD), shardings._replace(estimators=())
+
+        def part(i: int) -> Any:
+            def estimate(data, step, theta, state, turn):
+                found, state = pieces.estimate(stage, i, data, step, theta, state)
+                return separate.lead(found), state
+
+            before = SPREAD if i else EVERYWHERE
+            specs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, before)
+            return jax.jit(
+                jax.shard_map(estimate, mesh=mesh, in_specs=specs, out_specs=(SPREAD, SPREAD), check_vma=False),
+                donate_argnums=3,
+                keep_unused=True,  # the turn
+                in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+                out_shardings=(spread, spread),
+                compiler_options=compiler_options(),
+            )
+
+        def move(found, state: State):
+            return pieces.move(state, [separate.across(one) for one in found])
+
+        meet = jax.jit(
+            move,
+            donate_argnums=1,
+            in_shardings=(spread, rest),
+            out_shardings=(rest, replicated),
+            compiler_options=compiler_options(),
+        )
+        step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet)
+        step.trace(data, pieces.shapes)  # errors of settings surface before anything is written
+        return step
 
     def init() -> State:
         return place(jax.device_get(pieces.initial(range(len(pieces.weights)))))
@@ -318,9 +350,12 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
     replicated = NamedSharding(mesh, EVERYWHERE)
 
     def share(stage, data, step, theta, states):
-        found, states = pieces.estimates(stage, data, step, theta, states)
+        found, after = {}, list(states)
+        for i in placed.here:
+            estimate, after[i] = pieces.estimate(stage, i, data[i], step, theta, states[i])
+            found[i] = estimate.across(AXIS)
         lead = jax.lax.axis_index(AXIS) == 0
-        return placement.bring(found, theta, pieces.weights, placed, lead), states
+        return placement.bring(found, theta, pieces.weights, placed, lead), tuple(after)
 
     @partial(jax.jit, out_shardings=replicated)
     def meet(shares, state):
