@@ -47,22 +47,29 @@ def steps(run: Run, count: int) -> tuple[loop.State, list[dict]]:
 
 
 def test_the_gradient_on_eight_devices_is_that_of_one(monkeypatch):
-    """Momentum's first state is the meta-gradient. Particles draw what they would draw on one device."""
+    """Particles draw what they would draw on one device."""
     assert len(jax.devices()) == 8
-    optimizer = MetaOptimizer("sgd", {"momentum": 0.9}, lr=0.1, warmup=0, clip=0.0)
-    run = dataclasses.replace(QUICK, estimator=Estimator(pairs=8, truncation=4), meta_optimizer=optimizer)
+    run = dataclasses.replace(QUICK, estimator=Estimator(pairs=8, truncation=4), meta_optimizer=MOMENTUM)
     found = {}
     for devices in (8, 1):
         monkeypatch.setattr(program_module, "usable_devices", lambda pairs, available, devices=devices: devices)
         state, _ = steps(run, 1)
         assert len(state.estimators[0].xi.sharding.device_set) == devices
-        (trace,) = (x for x in jax.tree.leaves(state.opt, is_leaf=is_trace) if is_trace(x))
-        found[devices] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(trace.trace)]), state
+        found[devices] = meta_gradient(state), state
     (wide, after), (narrow, before) = found[8], found[1]
     # Differences of float32 losses over 2 std² K: a part in ten million of a loss is some 1e-4 of a gradient.
     np.testing.assert_allclose(wide, narrow, rtol=1e-3, atol=1e-3 * np.abs(narrow).max())
     assert np.abs(wide).min() < 0.1 * np.abs(wide).max()  # no constant that would always agree
     np.testing.assert_array_equal(after.estimators[0].xi, before.estimators[0].xi)
+
+
+MOMENTUM = MetaOptimizer("sgd", {"momentum": 0.9}, lr=0.1, warmup=0, clip=0.0)
+
+
+def meta_gradient(state: loop.State) -> np.ndarray:
+    """Of a first meta-step with MOMENTUM, whose first state it is."""
+    (trace,) = (x for x in jax.tree.leaves(state.opt, is_leaf=is_trace) if is_trace(x))
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(trace.trace)])
 
 
 def is_trace(x) -> bool:
@@ -84,11 +91,20 @@ def test_pairs_divide_over_devices(pairs, available, expected):
 
 
 def test_groups_are_averaged_by_weight():
-    other = Group("image_mlp", {"data": ["digits"], "hidden": [4], "batch_size": 8}, weight=3.0)
-    _, (metrics,) = steps(dataclasses.replace(SMALL, groups=(*SMALL.groups, other)), 1)
+    """Programs of their own do to a group what the one program does that it has alone."""
+    run = dataclasses.replace(QUICK, meta_optimizer=MOMENTUM)
+    other = Group("image_mlp", {"data": ["digits"], "hidden": [], "batch_size": 8}, weight=3.0)
+    (alone, (first,)), (both, (metrics,)) = (
+        steps(dataclasses.replace(run, groups=groups), 1) for groups in (run.groups, (*run.groups, other))
+    )
+    for name in ("meta_loss/0", "grad_norm/0"):
+        np.testing.assert_allclose(metrics[name], first[name], rtol=1e-5)
     expected = (metrics["meta_loss/0"] + 3 * metrics["meta_loss/1"]) / 4
     np.testing.assert_allclose(metrics["meta_loss"], expected, rtol=1e-5)
     assert abs(metrics["meta_loss/0"] - metrics["meta_loss/1"]) > 0.1
+    rest = (4 * meta_gradient(both) - meta_gradient(alone)) / 3
+    np.testing.assert_allclose(np.linalg.norm(rest), metrics["grad_norm/1"], rtol=1e-4)
+    assert both.estimators[0].xi.sharding == alone.estimators[0].xi.sharding
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers")  # of shapes alone, which lie on no device
