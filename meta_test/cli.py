@@ -183,7 +183,7 @@ def _list(what: str, as_json: bool) -> int:
     for name, problems in SUITES.items():
         print(name)
         for problem in problems:
-            print(f"  {problem.describe()}: {problem.note}")
+            print(f"  {problem.name}: {problem.describe()}; {problem.note}")
     return 0
 
 

@@ -58,7 +58,7 @@ def cache_of(args: argparse.Namespace) -> Path:
 
 def tune(args: argparse.Namespace) -> int:
     """Fill the cache."""
-    todo = session.jobs(problems(args), entrants(args.optimizers), args.seeds, args.trials)
+    todo = session.jobs(problems(args), entrants(args.optimizers), args.seeds, args.trials, whole=not args.only)
     folder = cache_of(args)
     if args.dry_run:
         print(estimate(todo))
@@ -99,12 +99,13 @@ def run(args: argparse.Namespace) -> int:
     if session.REFERENCE not in [entrant.name for entrant in wanted]:
         wanted = [resolve(session.REFERENCE), *wanted]
     chosen = problems(args)
-    todo = session.jobs(chosen, wanted, args.seeds, args.trials)
+    todo = session.jobs(chosen, wanted, args.seeds, args.trials, whole=not args.only)
     if args.trials:  # the targets are the tuned reference's
         reference = [entrant for entrant in wanted if entrant.name == session.REFERENCE]
-        todo = [*session.jobs(chosen, reference, args.seeds), *todo]
+        todo = [*session.jobs(chosen, reference, args.seeds, whole=not args.only), *todo]
     version, path = cells.folder_of(args.suite), args.out / standings.ABOUT
-    if path.is_file() and json.loads(path.read_text())["suite"] != version:
+    before = json.loads(path.read_text()) if path.is_file() else {"suite": version, "cells": []}
+    if before["suite"] != version:
         raise ValueError(f"lopt-eval: {args.out} holds a run of another suite; valid: another --out.")
     folder, began = cache_of(args), time.monotonic()
     own = args.out / standings.CELLS
@@ -112,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
     _warn_of_seeds(todo, store, args.seeds)
     used: list[str] = []
     counts = _fill(f"run {args.suite}", todo, store, args.seeds, used)
+    if left := len(set(before["cells"]) - set(used)):
+        session.warn(
+            f"{args.out} holds {left} cells of an earlier command that this one does not ask for: they stay in "
+            f"{own}, but not in the report. Name all optimizers, or give each command an --out and join the reports."
+        )
     timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
     about = {
         "suite": version,
@@ -134,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """The report of one or more runs."""
+    if len(args.folders) > 1 and args.out is None:
+        raise ValueError("lopt-eval report: --out, got none for several folders; valid: a folder for the joint report.")
     return write_report(args.folders, args.out or args.folders[0], args.seeds)
 
 
@@ -146,9 +154,9 @@ def write_report(folders: Sequence[Path], out: Path, seeds: int | None) -> int:
     files = page.files(board, totals)
     write(out, files)
     for total in totals:
-        low, high = total.interval["validation"]
         rank = f"mean rank {total.rank:4.1f}" if total.rank > 0 else ""
-        print(f"{total.label:32} {total.iqm['validation']:6.2f}× [{low:.2f}, {high:.2f}]  {rank}".rstrip())
+        speed = page.times(total.iqm["validation"], total.interval["validation"]).text
+        print(f"{total.label:32} {speed:>20}  {rank}".rstrip())
     print(f"IQM of the validation speed-up over tuned {session.REFERENCE}, 95 % intervals over seeds")
     print(f"written to {out}: {', '.join(files)}")
     return 0

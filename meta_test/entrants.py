@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -45,8 +46,9 @@ class Entrant(NamedTuple):
     artifact: str = ""  # that a learned one was read from
 
     def runs_on(self, task: tasks.Task) -> bool:
-        """Whether it is defined on the task's loss."""
-        return task.deterministic or not self.deterministic_only
+        """Whether it is defined on the task's loss, and what it asks for besides is of the gradients that it gets."""
+        asks = bool(self.contender.needs - {"value", "num_steps", "key"}) and task.grad_transform is not None
+        return (task.deterministic or not self.deterministic_only) and not asks
 
     @property
     def tuned(self) -> bool:
@@ -81,6 +83,11 @@ def resolve(spec: str) -> Entrant:
     if spec in baselines.names():
         return of_baseline(baselines.get(spec))
     if Path(spec).is_dir():
+        if (Path(spec) / "run.json").is_file():
+            raise ValueError(
+                f"lopt-eval: optimizer, got {spec!r}, a folder of lopt-eval's results; valid: a folder of weights or "
+                "of lopt-train. Reports of results: lopt-eval report."
+            )
         return _learned(spec, "/".join(Path(spec).resolve().parts[-2:]))
     if ":" in spec:
         return _own(spec)
@@ -92,13 +99,22 @@ def resolve(spec: str) -> Entrant:
 
 def _learned(source: str, name: str) -> Entrant:
     rule, theta = lopt.read(source)
-    digest = hashlib.sha256((find(source) / CONFIG).read_bytes()).hexdigest()[:16]  # holds the sha256 of the weights
+    config = (find(source) / CONFIG).read_bytes()  # holds the sha256 of the weights
+    digest = hashlib.sha256(config + code()).hexdigest()[:16]
 
     def make(theta: Any, *, num_steps: Any, cosine: Any) -> Any:
         return rule.bind(theta, num_steps=num_steps)
 
     contender = Contender(name, make, theta, rule.needs - {"value", "num_steps"})
     return Entrant(name, contender, digest, artifact=source)
+
+
+@functools.cache
+def code() -> bytes:
+    """Hash of what rules are made of, so that no curve of another version passes for one of this."""
+    root = Path(lopt.__file__).parent
+    files = sorted([*root.glob("*.py"), *(root / "rules").glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
 def met(entrant: Entrant) -> dict[str, list[str]] | None:

@@ -155,10 +155,11 @@ def stratified_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic: seeds are drawn with replacement within each task, tasks stay.
 
-    It says how sure the result is on these tasks, not on others. Agarwal et al. (2021), §4.1.
+    It says how sure the result is on these tasks, not on others. Of one seed there is no interval: NaN. Agarwal et al.
+    (2021), §4.1.
     """
     tasks, seeds = scores.shape
-    if not tasks or not seeds:
+    if not tasks or seeds < 2:
         return float("nan"), float("nan")
     draws = np.random.default_rng(seed).integers(0, seeds, (resamples, tasks, seeds))
     found = statistic(scores[np.arange(tasks)[:, None], draws])
@@ -199,21 +200,18 @@ def ranks(losses: Float[np.ndarray, "O *T"]) -> Float[np.ndarray, "O *T"]:
     return less + (equal + 1) / 2
 
 
-# Studentised range at 5 % over √2, for 2, 3, … optimizers. Demšar (2006), table 5.
-NEMENYI = (
-    1.960, 2.344, 2.569, 2.728, 2.850, 2.948, 3.031, 3.102, 3.164, 3.219, 3.268, 3.313, 3.354, 3.391, 3.426, 3.458,
-    3.489, 3.517, 3.544,
-)  # fmt: skip
-
-
 def critical_difference(optimizers: int, tasks: int) -> float:
-    """Mean ranks that differ by less are not told apart by Nemenyi's test at 5 %; NaN for more optimizers than tabled.
+    """Mean ranks that differ by less are not told apart by Nemenyi's test at 5 %; NaN for fewer than two optimizers.
 
-    q √(k (k + 1) / 6 N). Demšar (2006), "Statistical comparisons of classifiers over multiple data sets", §3.2.
+    q √(k (k + 1) / 6 N), q the studentised range's quantile over √2. Demšar (2006), "Statistical comparisons of
+    classifiers over multiple data sets", §3.2.
     """
-    if not 2 <= optimizers < 2 + len(NEMENYI) or tasks < 1:
+    from scipy.stats import studentized_range
+
+    if optimizers < 2 or tasks < 1:
         return float("nan")
-    return NEMENYI[optimizers - 2] * float(np.sqrt(optimizers * (optimizers + 1) / (6 * tasks)))
+    q = studentized_range.ppf(CONFIDENCE, optimizers, np.inf) / np.sqrt(2)
+    return float(q * np.sqrt(optimizers * (optimizers + 1) / (6 * tasks)))
 
 
 def divergence_rate(losses: Float[np.ndarray, "S E"]) -> float:

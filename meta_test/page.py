@@ -52,17 +52,23 @@ def times(value: float, interval: tuple[float, float] | None = None) -> Cell:
     """A speed-up."""
     if math.isnan(value):
         return Cell("–")
-    span = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-    return Cell(f"{value:.2f}×{span}", value)
+    return Cell(f"{value:.2f}×{_span(interval, '.2f')}", value)
+
+
+def _span(interval: tuple[float, float] | None, form: str, scale: float = 1) -> str:
+    """Of one seed there is none."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    return f" [{format(scale * interval[0], form)}, {format(scale * interval[1], form)}]"
 
 
 def share(value: float, interval: tuple[float, float]) -> Cell:
     """A win rate."""
-    return Cell(f"{100 * value:.0f} % [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]", value)
+    return Cell(f"{100 * value:.0f} %{_span(interval, '.0f', 100)}", value)
 
 
 def rank(value: float, interval: tuple[float, float]) -> Cell:
-    return Cell(f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]" if value > 0 else "–", value)
+    return Cell(f"{value:.1f}{_span(interval, '.1f')}" if value > 0 else "–", value)
 
 
 def spread(values: np.ndarray, *, percent: bool = False) -> Cell:
@@ -163,16 +169,22 @@ def not_run(board: Board) -> str:
             out.append(f"on {problem.name} {'; '.join(without)}")
     skipped = {row.label for rows in board.rows.values() for row in rows.values() if row.status == "skipped"}
     words = f"What follows is over the tasks on which all were run; not run: {' – '.join(out)}. " if out else ""
+    if void := [problem.name for problem in board.problems if not board.scores[problem.name]]:
+        words += f"Not in the totals, since the tuned {REFERENCE} did not end there: {', '.join(void)}. "
     if skipped:
         words += f"Not in the totals, since undefined on minibatches: {', '.join(sorted(skipped))}. "
     return words
 
 
 def _met(board: Board) -> dict[str, Any]:
-    """Optimizer of a row -> families and data of its meta-training; None where not known."""
+    """Optimizer of a row -> families and data of its meta-training; None where not known.
+
+    Without those that have none: hand-designed ones with nothing to tune.
+    """
     said = {name: met for about in board.abouts for name, met in about.get("met", {}).items()}
     rows = [row for rows in board.rows.values() for row in rows.values() if row.budget == "untuned"]
-    return {row.optimizer: said.get(row.optimizer.split(" (")[0]) for row in rows}
+    found = {row.optimizer: said.get(row.optimizer.split(" (")[0]) for row in rows}
+    return {name: one for name, one in found.items() if one is None or one["families"]}
 
 
 def history(board: Board) -> str:
@@ -321,6 +333,7 @@ def environment(board: Board) -> list[tuple[str, str]]:
             ("versions", f"Python {machine['python']}, JAX {machine['jax']}, optax {machine['optax']}"),
             ("lopt", f"{machine.get('lopt', 'unknown')}, commit {machine.get('commit') or 'unknown'}"),
             ("records", f"{len(about['cells'])}, sha256 of their keys {digest(about['cells'])}"),
+            ("records made with", "; ".join(about.get("made_with", ())) or "unknown"),
         ]
     for name, met in _met(board).items():
         words = "meta-trained on: unknown"
@@ -338,8 +351,9 @@ def digest(names: Sequence[str]) -> str:
 NOTES = (
     "Definitions, formulas and their sources: docs/evaluation.md. Paired: a seed fixes data, initial weights and every "
     "minibatch for all optimizers alike. Tuned on other seeds than those reported; learning rate, schedule and weight "
-    "decay chosen on validation loss (for the training columns on training loss). ms a step: one run alone, measured "
-    "in the session of the command above. Bands: least to largest of the seeds; dashed line: the target."
+    "decay chosen on validation loss (for the training columns on training loss, but for “once”, 1 trial and 10 "
+    "trials, which have one setting for both). ms a step: one run alone, measured in the session of the command above. "
+    "Bands: least to largest of the seeds; dashed line: the target."
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import tasks
 from lopt.console import compiler_options
@@ -27,6 +28,7 @@ PARTS = (1, 2, 3)
 ONCE = ("adamw", "hand_celo2")  # also tuned once over all problems: what one setting for everything reaches
 SEEDS = 5
 TIMED_SECONDS, TIMINGS = 0.1, 5
+PERIOD = 20  # steps; whole cycles of what is done every 2, 4, 5, 10 or 20 steps, as SOAP's bases are
 
 Tell = Callable[[float, str], None]
 
@@ -48,9 +50,14 @@ class Store(NamedTuple):
 
 
 def jobs(
-    problems: Sequence[Problem], entrants: Sequence[Entrant], seeds: int = SEEDS, trials: int | None = None
+    problems: Sequence[Problem],
+    entrants: Sequence[Entrant],
+    seeds: int = SEEDS,
+    trials: int | None = None,
+    *,
+    whole: bool = True,
 ) -> list[Job]:
-    """What a run consists of, problem by problem, but for "once", which needs all of them, at the end."""
+    """What a run consists of, problem by problem, but for "once", which needs all of a `whole` suite, at the end."""
     out = []
 
     def add(problem: Problem, entrant: Entrant, search: str, part: int = 1) -> None:
@@ -66,7 +73,7 @@ def jobs(
             else:
                 for part in PARTS if entrant.name == REFERENCE else PARTS[:1]:
                     add(problem, entrant, "grid", part)
-    for problem in problems if not trials else ():
+    for problem in problems if whole and not trials else ():
         for entrant in entrants:
             if entrant.name in ONCE and entrant.tuned:
                 add(problem, entrant, "once")
@@ -146,9 +153,11 @@ def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any)
         "inputs": inputs,
         "cell": [cell.problem.name, cell.optimizer, cell.search, cell.part],
         "jax": jax.__version__,
+        "optax": optax.__version__,
     }
     if not job.entrant.runs_on(bench.task):
-        return record | {"status": "skipped", "error": "needs a loss without minibatches"}
+        why = "a loss without minibatches" if job.entrant.deterministic_only else "gradients that nothing transforms"
+        return record | {"status": "skipped", "error": f"needs {why}"}
     try:
         return record | tuning.tune(bench, cell, seeds, point)
     except Exception as error:  # of a user's optimizer, or of the compiler: the other cells are worth having
@@ -192,7 +201,8 @@ def costs(todo: Sequence[Job]) -> list[float]:
             problem, compiled = job.cell.problem.name, set()
         new = job.entrant.name not in compiled
         compiled.add(job.entrant.name)
-        step = job.cell.problem.ms * RELATIVE_MS.get(job.entrant.name, 1.0)
+        gradients = 1.0 + bool(job.entrant.contender.needs - {"value", "num_steps"})  # at least one more
+        step = job.cell.problem.ms * RELATIVE_MS.get(job.entrant.name, gradients)
         out.append(job.updates * step * 1e-3 + COMPILE_SECONDS * new)
     return out
 
@@ -214,7 +224,7 @@ class Timing(NamedTuple):
 
 
 def measure(entrant: Entrant, task: Task, num_steps: int) -> Timing:
-    """Time steps of one run at default hyper-parameters: the least of TIMINGS loops of at least TIMED_SECONDS."""
+    """Time steps of one run at default hyper-parameters: the least of TIMINGS loops, see `timed_steps`."""
     hyper = {name: np.float32(one.default) for name, one in entrant.space.items()}
     hyper |= {"num_steps": np.int32(num_steps), "cosine": np.bool_(False)}
     contender = entrant.contender
@@ -238,9 +248,21 @@ def measure(entrant: Entrant, task: Task, num_steps: int) -> Timing:
         return time.perf_counter() - began
 
     took(1)  # compiles
-    count = int(np.clip(TIMED_SECONDS / max(took(4) / 4, 1e-6), 4, 10_000))
+    count = timed_steps(took(PERIOD) / PERIOD)
     ms = 1e3 * min(took(count) for _ in range(TIMINGS)) / count
     return Timing(ms, _bytes(run.opt_state), _bytes(run.params))
+
+
+def timed_steps(seconds: float) -> int:
+    """Steps in a timed loop, of so many seconds each: TIMED_SECONDS or more, and whole periods.
+
+    The least of loops that hold a dear step now and then would be of those that do not.
+
+    >>> [timed_steps(s) for s in (1.0, 4e-3, 0.9e-3, 0.0)]
+    [20, 40, 120, 10000]
+    """
+    periods = np.ceil(TIMED_SECONDS / max(seconds, 1e-6) / PERIOD)
+    return int(np.clip(periods, 1, 10_000 // PERIOD)) * PERIOD
 
 
 def _bytes(tree: Any) -> int:

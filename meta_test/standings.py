@@ -137,6 +137,8 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
     for folder, about, suffix in zip(folders, abouts, names, strict=True):
         problems |= {name: Problem(**fields) for name, fields in about["problems"].items()}
         records = [cells.read(folder / CELLS / key) for key in about["cells"] if (folder / CELLS / key).is_file()]
+        versions = {f"JAX {r.get('jax', '?')}, optax {r.get('optax', '?')}" for r in records}
+        abouts[-1] = about | {"made_with": sorted(versions)}
         new = [(record["cell"][0], row) for record in records for row in rows_of(record, problems, kept)]
         # What differs on one problem goes by another name on all of them, and so does its timing.
         other = {
@@ -306,9 +308,17 @@ def totals(board: Board, labels: Sequence[str], names: Sequence[str] | None = No
 
 
 def ranked(board: Board, labels: Sequence[str]) -> list[str]:
-    """Labels without second rows of an optimizer, which would count its rank twice: once, T/2."""
-    budgets = {row.label: (row.budget, row.part) for rows in board.rows.values() for row in rows.values()}
-    return [label for label in labels if budgets[label][0] != "once" and budgets[label][1] == 1]
+    """Labels without second rows of an optimizer, which would count its rank twice: once, T/2.
+
+    Among random searches also without the grid's reference, which had another budget.
+    """
+    held = {row.label: row for rows in board.rows.values() for row in rows.values()}
+    random = {held[label].optimizer for label in labels if held[label].budget.startswith("random-")}
+
+    def first(row: Row) -> bool:
+        return row.budget != "once" and row.part == 1 and not (row.budget == TUNED and row.optimizer in random)
+
+    return [label for label in labels if first(held[label])]
 
 
 def _total(

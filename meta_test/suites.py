@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
 # "Beyond meta-training" is relative to these.
 WIDTH, DEPTH, HORIZON, BATCH = 32, 2, 2000, 64
-VERSIONS = {"digits": 1, "quickstart": 1, "smoke": 1, "dev": 1, "mini": 1, "heldout": 1}
+VERSIONS = {"digits": 1, "quickstart": 1, "smoke": 1, "dev": 1, "deterministic": 1, "mini": 1, "heldout": 1}
 SMALL, LARGE = 2e10, 2e11  # FLOPs of a run's gradients: half a second and a few seconds on one core
 
 # Milliseconds a step, printed by `python benchmarks/suites.py`; of the names below.
@@ -88,6 +88,9 @@ MS = {
     "factors": 0.0039,
     "burgers": 0.134,
     "quadratic": 0.000582,
+    "quadratic-64": 0.0013,
+    "rosenbrock": 0.0006,
+    "ackley": 0.0006,
     "cnn-mnist5k": 1.27,
     "cnn-12k": 0.0425,
 }
@@ -273,11 +276,16 @@ SUITES: dict[str, tuple[Problem, ...]] = {
         Problem("quadratic", {"dim": 16}, 50, "shows that it runs; noise on its gradients", "quadratic"),
     ),
     "dev": _DEV,
+    "deterministic": (
+        Problem("quadratic", {"dim": 64, "log10_noise": None}, 200, "convex, full batch", "quadratic-64"),
+        Problem("synthetic", {"function": "rosenbrock", "dim": 8}, 200, "a curved valley, full batch", "rosenbrock"),
+        Problem("synthetic", {"function": "ackley", "dim": 8, "rotate": True}, 200, "many minima", "ackley"),
+    ),
     "mini": _MINI,
     "heldout": _HELDOUT,
 }
 # FLOPs that the gradients of one run of a problem may take.
-CAPS = {"smoke": SMALL, "dev": SMALL, "mini": SMALL, "heldout": LARGE}
+CAPS = {"smoke": SMALL, "deterministic": SMALL, "dev": SMALL, "mini": SMALL, "heldout": LARGE}
 # Tuned for `mini` and `heldout`, and shown beside every learned rule; one of each idea. The reference and its Nesterov
 # form; SGD with and without momentum, whose failures are known; signs (lion); factored memory (adafactor); a long
 # memory (ademamix); matrices whitened cheaply (muon) and by Shampoo's bases (soap); no schedule (schedule_free_adamw);

@@ -189,6 +189,20 @@ def by_hand_celo2(p, lr, b1, b2, floor, num_steps):
         yield p
 
 
+def by_adamuon(p, lr, b1, b2, weight_decay):
+    """As shipped: of the momentum's sign."""
+    m = v = 0.0
+    for t, g in enumerate(G, 1):
+        m = b1 * m + (1 - b1) * g
+        o = np.sign(m) / np.linalg.norm(np.sign(m))
+        for _ in range(5):
+            o = 3.4445 * o - 4.7750 * o @ o.T @ o + 2.0315 * o @ (o.T @ o) @ (o.T @ o)
+        v = b2 * v + (1 - b2) * o * o
+        d = o / np.sqrt(v / (1 - b2**t))
+        p = p - lr * (0.2 * np.sqrt(d.size) / np.linalg.norm(d) * d + weight_decay * p)
+        yield p
+
+
 def by_shampoo(p, lr, b1, b2):
     """Blocks of at most 2, roots every 3 steps, grafted: rows in 3 blocks of 2 (the last of 1), columns in 2."""
     m, v, left, right, root = 0.0, 0.0, {}, {}, {}
@@ -312,6 +326,12 @@ HAND = {
         dict(lr=0.01, alpha=0.3, beta=0.9, b2=0.99, weight_decay=0.1),
         {},
     ),
+    "adamuon": (
+        functools.partial(adamuon, eps=0.0),
+        by_adamuon,
+        dict(lr=0.01, b1=0.9, b2=0.8, weight_decay=0.1),
+        {},
+    ),
     "hand_celo2": (hand_celo2, by_hand_celo2, dict(lr=0.01, b1=0.9, b2=0.98, floor=1.5, num_steps=16), {}),
     "shampoo": (functools.partial(shampoo, block=2, every=3), by_shampoo, dict(lr=0.01, b1=0.9, b2=0.95), {}),
     "swats": (functools.partial(swats, eps=0.0), by_swats, ADAM | dict(tolerance=1e-3), {"tolerance"}),
@@ -353,6 +373,17 @@ def test_steps_by_hand(name):
 
 
 # What trajectories do not show
+
+
+def test_adamuon_is_adam_on_vectors():
+    ours, adam = adamuon(0.01, adam_b1=0.8, adam_b2=0.97), optax.adam(0.01, b1=0.8, b2=0.97)
+    params = jnp.asarray(W[0])
+    states = [tx.init(params) for tx in (ours, adam)]
+    for g in G[:4]:
+        found = [tx.update(jnp.asarray(g[0]), state, params) for tx, state in zip((ours, adam), states, strict=True)]
+        (a, b), states = zip(*found, strict=True)
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert np.abs(np.diff(np.asarray(a))).min() > 1e-5
 
 
 def test_hutchinson_is_unbiased_and_exact_on_a_diagonal():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -21,7 +22,21 @@ import lopt
 import tasks
 from lopt import rules
 from lopt.baselines.base import Baseline, Space
-from meta_test import cells, cli, commands, drawing, entrants, page, runs, session, standings, suites, sweep, tuning
+from meta_test import (
+    cells,
+    cli,
+    commands,
+    drawing,
+    entrants,
+    metrics,
+    page,
+    runs,
+    session,
+    standings,
+    suites,
+    sweep,
+    tuning,
+)
 from meta_test.cells import Cell
 from meta_test.entrants import Entrant
 from meta_test.runs import CURVES, Contender, Curves
@@ -406,6 +421,13 @@ def test_rounded():
     assert cells.rounded({"a": np.array([[1.2345678, NAN]]), "b": (INF, 3)}) == {"a": [[1.2346, None]], "b": [None, 3]}
 
 
+@functools.cache
+def shipped_once(suite: str, optimizer: str):
+    todo = session.jobs(suites.SUITES[suite], [entrants.resolve(optimizer)])
+    folder = cells.SHIPPED / cells.folder_of(suite)
+    return session.once(todo[-1], todo, session.Store(None, folder, (folder,)), session.SEEDS)
+
+
 def test_records_that_ship_are_of_what_is_here():
     """A key that nobody asks for any more is dead weight: tune again, or remove it."""
     paths = sorted(cells.SHIPPED.glob("*/*.json"))
@@ -419,7 +441,10 @@ def test_records_that_ship_are_of_what_is_here():
         problem = next(p for p in suites.SUITES[suite] if p.name == name)
         if name not in made:
             made[name] = tasks.make(problem.family, **problem.settings)
-        point = record["inputs"]["search"][2]
+        point = None
+        if search == "once":  # chosen anew from what ships
+            point = shipped_once(suite, optimizer)
+        assert record["optax"], path
         cell = Cell(problem, optimizer, search, part)
         assert record["status"] == "done"
         now = tuning.inputs(cell, entrants.resolve(optimizer), made[name], session.SEEDS, point)
@@ -605,6 +630,8 @@ def test_what_a_run_consists_of():
     labels = [job.cell.label for job in session.jobs([TINY], who, trials=10)]
     assert labels == ["adamw, random-10", "muon, random-10", own]
     assert [job.cell.horizon for job in session.jobs([TINY], who)] == [20, 10, 6, 20, 20, 20]
+    # One setting for a part of a suite would pass for one for all of it.
+    assert "adamw, once" not in [job.cell.label for job in session.jobs([TINY], who, whole=False)]
 
 
 def test_measure_counts_bytes_and_time():
@@ -614,6 +641,17 @@ def test_measure_counts_bytes_and_time():
     assert timing.params_bytes == 16
     assert timing.state_bytes == 2 * 16 + 4  # two moments and a count
     assert 0 < timing.ms < 100
+
+
+def test_a_timed_loop_holds_whole_periods_and_the_least_counts(monkeypatch):
+    """By a clock of ours: loops of 20 steps take 5, 3, 2, 4 and 9 seconds, the two before them something else."""
+    ticks = iter(np.cumsum([0, 7, 0, 1, 0, 5, 0, 3, 0, 2, 0, 4, 0, 9]).tolist())
+    monkeypatch.setattr(session.time, "perf_counter", lambda: next(ticks))
+    timing = session.measure(entrants.resolve("adamw"), tasks.make("quadratic", dim=4), 20)
+    assert timing.ms == pytest.approx(1e3 * 2 / 20)
+    for seconds in (1e-7, 3e-5, 1.7e-3, 9.0):
+        assert session.timed_steps(seconds) % 20 == 0
+    assert session.timed_steps(1.7e-3) * 1.7e-3 >= session.TIMED_SECONDS
 
 
 # Standings.
@@ -772,6 +810,46 @@ def test_speed_up_in_time_is_of_the_same_scores(tmp_path):
     assert low < found.wall < high
 
 
+def test_totals_of_three_tasks_and_unequal_seeds(tmp_path):
+    """Each field has a value of its own here: mean, median and IQM differ, and so do times and seeds."""
+    names = ("tiny", "second", "third")
+    problems = tuple(TINY._replace(name=name) for name in names)
+    never = levels(9, 9, 9)[0]
+    adamw = {name: levels(4, 2, 1) for name in names}
+    adamw["third"] = np.stack([levels(4, 2, 1)[0], np.full(15, NAN)])  # its second seed has no target
+    mine = {
+        "tiny": np.stack([levels(4, 1, 0.5)[0], levels(4, 4, 1)[0]]),  # 120/70 and 120/120
+        "second": np.stack([levels(1, 1, 1)[0], never]),  # 120/40 and never
+        "third": np.stack([never, levels(1, 1, 1)[0]]),  # never, and nothing to reach
+    }
+    records = [curve_record("adamw", adamw[name], problem=name) for name in names]
+    records += [curve_record("mine", mine[name], search="untuned", problem=name) for name in names]
+    folder = make_run(tmp_path, records, problems=problems)
+    ms = dict(zip(names, (1.0, 2.0, 8.0), strict=True))
+    timing = {name: timings(adamw=2.0, mine=2.0 * ms[name]) for name in names}
+    timing["second"]["mine"] |= {"state_bytes": 96}
+    cells.write(folder, standings.TIMING, {"timing": timing})
+    board = standings.load([folder])
+    total = {t.label: t for t in standings.totals(board, board.labels())}["mine"]
+    scores = np.array([[12 / 7, 1.0], [3.0, 0.0], [0.0, NAN]])
+    np.testing.assert_allclose(total.iqm["validation"], metrics.iqm(scores))
+    np.testing.assert_allclose(total.median["validation"], np.median([19 / 14, 1.5, 0.0]))
+    assert len({round(float(x), 3) for x in (metrics.iqm(scores), 19 / 14, np.nanmean(scores))}) == 3
+    boot = metrics.stratified_bootstrap
+    assert total.interval["validation"] == boot(metrics.iqm, scores)
+    assert total.median_interval["validation"] == boot(metrics.median_of_means, scores)
+    in_time = scores / np.array([[1.0], [2.0], [8.0]])
+    np.testing.assert_allclose((total.wall, *total.wall_interval), (metrics.iqm(in_time), *boot(metrics.iqm, in_time)))
+    wins = np.array([[1.0, 0.5], [0.5, 0.0], [0.0, 1.0]])
+    assert (total.win, *total.win_interval) == (0.5, *boot(metrics.mean_of, wins))
+    ranks = np.array([[1.0, 1.5], [1.5, 2.0], [2.0, 1.0]])
+    assert (total.rank, *total.rank_interval) == (1.5, *boot(metrics.mean_of, ranks))
+    assert len({total.win_interval, total.median_interval["validation"], boot(metrics.iqm, wins)}) == 3
+    assert total.relative_ms == pytest.approx(16 ** (1 / 3))
+    assert total.state_bytes == pytest.approx((8 + 24 + 8) / 3)
+    assert (total.diverged, total.failed, total.missing) == (0.0, 0, 0)
+
+
 def test_test_loss_has_wins_and_ranks_of_its_own(tmp_path):
     mine = {"tiny": levels(4, 1, 0.5), "other": levels(4, 1, 0.5)}  # better in validation
     board = two_tasks(tmp_path, mine, {}, tiny=[0.5, 9.0], other=[9.0, 9.0])  # and worse in three tests of four
@@ -850,6 +928,16 @@ def test_a_second_row_of_an_optimizer_is_not_ranked(tmp_path):
     assert math.isnan(found["adamw, once"])
 
 
+def test_among_random_searches_the_reference_takes_part_once(tmp_path):
+    """The tuned one is the target; of the ranks it would be a second AdamW, with another budget."""
+    records = [curve_record("adamw", levels(4, 2, 1)), curve_record("adamw", levels(4, 3, 3), search="random-1")]
+    records.append(curve_record("slow", levels(4, 3, 2), search="random-1"))
+    board = standings.load([make_run(tmp_path, records)])
+    found = {t.label: t.rank for t in standings.totals(board, board.labels())}
+    assert math.isnan(found.pop("adamw"))
+    assert found == {"adamw, random-1": 2.0, "slow, random-1": 1.0}
+
+
 def test_what_an_optimizer_has_met_is_said(tmp_path):
     quick = entrants.met(entrants.resolve("lopt:quickstart"))
     assert quick == {"families": ["image_mlp"], "data": ["digits", "mnist5k"]}
@@ -877,6 +965,27 @@ def test_what_an_optimizer_has_met_is_said(tmp_path):
     assert "was checked for mine" in fresh
     assert "has met" not in fresh
     assert "mine has met fashion10k in meta-training" in stale
+    # What has nothing to tune is not for that a learned rule.
+    cells.write(folder, standings.ABOUT, about | {"met": {"mine": entrants.met(entrants.resolve("lbfgs"))}})
+    board = standings.load([folder])
+    assert "mine" not in page.history(board)
+    assert "mine" not in dict(page.environment(board))
+
+
+def test_of_one_seed_there_are_no_intervals(tmp_path):
+    board = standings.load([make_run(tmp_path, [curve_record("adamw", levels(4, 2, 1))])], seeds=1)
+    (total,) = standings.totals(board, board.labels())
+    assert total.iqm["validation"] == 1.0
+    assert all(map(math.isnan, (*total.interval["validation"], *total.win_interval, *total.rank_interval)))
+    words = page.files(board, [total])["report.md"]
+    assert "| 1.00× | 1.00× |" in words
+    assert "[nan" not in words
+
+
+def test_a_learned_rule_is_known_by_its_code_too(monkeypatch):
+    before = entrants.resolve("lopt:quickstart").version
+    monkeypatch.setattr(entrants, "code", lambda: b"another")
+    assert entrants.resolve("lopt:quickstart").version != before
 
 
 def test_profile_by_hand(board):
@@ -1005,6 +1114,14 @@ def test_run_report_and_resume(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(row.losses["validation"][0, -1], expected, rtol=1e-4)
     assert cli.main([*command, "--no-timing"]) == 0
     assert "cells: 0 computed, 5 found" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="a folder of lopt-eval's results; valid: a folder of weights or of lopt-train"
+    ):
+        entrants.resolve(str(out))
+    made_with = dict(page.environment(standings.load([out])))["records made with"]
+    assert made_with == f"JAX {jax.__version__}, optax {optax.__version__}"
+    assert cli.main(["run", "--suite", "smoke", "--optimizers", "adamw", *command[5:], "--no-timing"]) == 0
+    assert "holds 1 cells of an earlier command that this one does not ask for" in capsys.readouterr().err
     assert cli.main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.html").stat().st_size > 10_000
 
@@ -1092,6 +1209,7 @@ def test_axes_of_a_sweep():
         (["run", "--optimizers", "adamw", "--out", "FILE"], "valid: a folder"),
         (["tune", "--optimizers", "tests.test_evaluation:nothing", "--dry-run"], "has no function"),
         (["report", "OUT"], "holds no run.json"),
+        (["report", "OUT", "FILE"], "--out, got none for several folders"),
         (
             ["sweep", "--axis", "depth", "--family", "quadratic", "--optimizers", "adamw", "--out", "OUT"],
             "has no depth",

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import tasks
-from meta_test import suites
+from meta_test import runs, suites
 from meta_test.cost import flops, run_flops
+from meta_test.runs import Contender
 from meta_test.suites import CAPS, DEFAULT_BASELINES, SUITES, VERSIONS, Problem
 from tasks import DEV, HELD_OUT
 from tasks.held_out import Trace, touched, trace
@@ -49,18 +51,25 @@ def shape_of(task: tasks.Task) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def loss_of(task: tasks.Task) -> float:
-    """Of one batch at init, of seed 0, to three digits."""
+SGD = Contender("sgd", lambda shared: optax.sgd(1e-3))
+
+
+def losses_of(task: tasks.Task) -> list[float]:
+    """Of seed 0, to three digits: of a batch at init; validation and test loss after two steps of SGD."""
 
     def first(key, data):
-        phi = task.sample(key)
-        return task.loss(task.init(key, phi), key, phi, task.batch(key, phi, data, "train"))
+        phi, one = task.sample(key), runs.begin(task, SGD.make, (), {}, 0)
+        before = task.loss(task.init(key, phi), key, phi, task.batch(key, phi, data, "train"))
+        for t in range(2):
+            one = runs.step(task, SGD, data, (), {}, 0, t, one)
+        after = [runs.evaluate(task, data, split, one, metrics=False)["loss"] for split in ("validation", "test")]
+        return [before, *after]
 
     compiled = jax.jit(first).lower(jax.random.key(0), task.data).compile(compiler_options=FAST)
-    return float(f"{float(compiled(jax.random.key(0), task.data)):.3g}")
+    return [float(f"{float(x):.3g}") for x in compiled(jax.random.key(0), task.data)]
 
 
-@pytest.mark.parametrize("suite", ["smoke", "dev", "mini", "heldout"])
+@pytest.mark.parametrize("suite", sorted(CAPS))
 def test_names_are_unique_and_every_task_can_be_made(suite):
     assert len(made(suite)) == len(SUITES[suite])
     assert all(task.family == p.family for p, task in made(suite).values())
@@ -76,6 +85,13 @@ def test_counts():
     assert sum(p.num_steps > 10_000 for p in SUITES["heldout"]) <= 4
     assert len(DEFAULT_BASELINES) >= 12
     assert {p.name for problems in SUITES.values() for p in problems} == set(suites.MS)  # what a step costs is known
+
+
+def test_line_searches_have_a_suite():
+    from meta_test import entrants
+
+    assert all(entrants.resolve("lbfgs").runs_on(task) for _, task in made("deterministic").values())
+    assert not any(entrants.resolve("lbfgs").runs_on(task) for _, task in made("smoke").values())
 
 
 def test_heldout_is_wider_deeper_and_longer():
@@ -151,11 +167,11 @@ def test_flops_by_hand():
 
 
 def fingerprints(suite: str, slow: bool) -> dict[str, list]:
-    """Task -> shapes and, of cheap ones or of all, a loss."""
+    """Task -> shapes and, of cheap ones or of all, losses."""
     out = {}
     for name, (p, task) in made(suite).items():
         cheap = run_flops(task, 1) < SLOW_LOSS
-        out[name] = [shape_of(task), p.num_steps, loss_of(task) if cheap or slow else None]
+        out[name] = [shape_of(task), p.num_steps, losses_of(task) if cheap or slow else None]
     return out
 
 
@@ -163,14 +179,14 @@ def check(suite: str, slow: bool) -> None:
     held = json.loads(FINGERPRINTS.read_text())[f"{suite}-v{VERSIONS[suite]}"]
     found = fingerprints(suite, slow)
     assert set(held) == set(found)
-    for name, (shape, steps, loss) in found.items():
+    for name, (shape, steps, losses) in found.items():
         message = f"{suite}/{name} has changed: raise its version in meta_test/suites.py, or that of the task"
         assert held[name][:2] == [shape, steps], message
-        if loss is not None:
-            np.testing.assert_allclose(loss, held[name][2], rtol=5e-3, err_msg=message)
+        if losses is not None:
+            np.testing.assert_allclose(losses, held[name][2], rtol=5e-3, err_msg=message)
 
 
-@pytest.mark.parametrize("suite", ["smoke", "dev", "mini"])
+@pytest.mark.parametrize("suite", sorted(set(CAPS) - {"heldout"}))
 def test_no_task_changes_without_a_new_version(suite):
     check(suite, slow=False)
 
@@ -187,7 +203,14 @@ def test_a_changed_task_has_another_fingerprint():
     assert shape_of(task) != shape_of(tasks.make("image_mlp", data="digits", hidden=(17,)))
     doubled = task._replace(loss=lambda *args: 2 * task.loss(*args))
     assert shape_of(task) == shape_of(doubled)
-    assert loss_of(task) != loss_of(doubled)
+    before = losses_of(task)
+    assert all(a != b for a, b in zip(before, losses_of(doubled), strict=True))
+    half = task._replace(eval_batches=lambda *args: jax.tree.map(lambda x: x[:1], task.eval_batches(*args)))
+    clipped = task._replace(grad_transform=optax.scale(1e3))
+    for other in (half, clipped):  # what is evaluated, what the optimizer sees
+        after = losses_of(other)
+        assert after[0] == before[0]
+        assert after[1:] != before[1:]
 
 
 if __name__ == "__main__":
