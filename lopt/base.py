@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,11 @@ class LearnedOptimizer(NamedTuple):
     needs: frozenset[str]
     init_theta: Callable[[Any], Any]
     bind: Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def proximal(rule: LearnedOptimizer) -> bool:
+    """Whether a rule has a proximal operator: `bind` takes prox= and lipschitz=, and gradients are those of f alone."""
+    return "prox" in inspect.signature(rule.bind).parameters
 
 
 def positive(rule: str, **values: Any) -> None:

@@ -7,7 +7,6 @@ weights, where they come from) and `README.md` (the card).
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from lopt import rules
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, proximal, unknown
 
 FORMAT_VERSION = 1
 # version -> what makes a config of it one of the next version; an artifact of any version stays readable
@@ -129,10 +128,10 @@ def load(
     """
     rule, theta = read(name)
     given = {"prox": prox, "lipschitz": lipschitz}
-    proximal = {key: value for key, value in given.items() if value is not None}
-    if proximal and "prox" not in inspect.signature(rule.bind).parameters:
+    structure = {key: value for key, value in given.items() if value is not None}
+    if structure and not proximal(rule):
         raise ValueError(
-            f"lopt.load: {', '.join(proximal)} for {rule.name}; valid: none, as it has no proximal operator."
+            f"lopt.load: {', '.join(structure)} for {rule.name}; valid: none, as it has no proximal operator."
         )
     return rule.bind(
         theta,
@@ -147,7 +146,7 @@ def load(
         mesh=mesh,
         specs=specs,
         accumulators=accumulators,
-        **proximal,
+        **structure,
     )
 
 

@@ -9,7 +9,7 @@ Source: Parikh & Boyd (2014), "Proximal algorithms", doi:10.1561/2400000003, cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -27,11 +27,13 @@ class Kind(NamedTuple):
       value: `(strength, x, axis) -> () r(x)`; of a set's indicator 0, whether x is in it or not.
       apply: `(strength, v, step, axis) -> x`, step like v.
       pool: `(step, axis) -> step`, what is averaged where the operator has a closed form for one step only.
+      rank: of the tensor, where it must have one.
     """
 
     value: Callable[..., Array]
     apply: Callable[..., Array]
     pool: Callable[..., Array] | None = None
+    rank: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +50,23 @@ class Penalty:
         """Whether elements do not know of each other."""
         return KINDS[self.kind].pool is None
 
+    def check(self, shape: Sequence[int], where: str) -> None:
+        """Refuse a tensor that the penalty is not defined for.
+
+        Raises:
+          ValueError: naming the place, usually a leaf, and its shape.
+        """
+        rank, words = KINDS[self.kind].rank, {1: "a vector", 2: "a matrix"}
+        if rank is not None and len(shape) != rank:
+            raise ValueError(f"{where}: {self.kind} of shape {tuple(shape)}; valid: {words[rank]}.")
+        if self.kind == "group_l1" and not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"{where}: group_l1 along axis {self.axis} of shape {tuple(shape)}; valid: an axis it has."
+            )
+
     def value(self, x: Float[Array, "..."]) -> Float[Array, ""]:
         """r(x); 0 for an indicator."""
+        self.check(x.shape, "lopt.prox.value")
         return KINDS[self.kind].value(self.strength, x, self.axis)
 
     def apply(self, v: Float[Array, "..."], step: Any) -> Float[Array, "..."]:
@@ -57,6 +74,7 @@ class Penalty:
 
         Of a penalty that is not separable the step is averaged over a group, or the tensor, first.
         """
+        self.check(v.shape, "lopt.prox.apply")
         kind = KINDS[self.kind]
         step = jnp.broadcast_to(step, v.shape)
         return kind.apply(self.strength, v, step if kind.pool is None else kind.pool(step, self.axis), self.axis)
@@ -65,6 +83,13 @@ class Penalty:
         """The step that `apply` takes for each element: the same where elements do not know of each other."""
         pool = KINDS[self.kind].pool
         return step if pool is None else jnp.broadcast_to(pool(step, self.axis), step.shape)
+
+
+def check(r: Penalty, params: Any, where: str) -> None:
+    """`Penalty.check` of every tensor. Raises ValueError naming the leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        r.check(jnp.shape(leaf), f"{where}: {name}")
 
 
 def soft(v: Array, threshold: Array) -> Array:
@@ -108,8 +133,8 @@ KINDS: dict[str, Kind] = {
     ),
     "box": Kind(lambda s, x, axis: jnp.zeros((), x.dtype), lambda s, v, step, axis: jnp.clip(v, s[0], s[1])),
     "group_l1": Kind(lambda s, x, axis: s[0] * jnp.sum(_length(x, axis)), _group, _over_axis),
-    "nuclear": Kind(lambda s, x, axis: s[0] * jnp.sum(jnp.linalg.svd(x, compute_uv=False)), _nuclear, _over_tensor),
-    "simplex": Kind(lambda s, x, axis: jnp.zeros((), x.dtype), _simplex, _over_tensor),
+    "nuclear": Kind(lambda s, x, axis: s[0] * jnp.sum(jnp.linalg.svd(x, compute_uv=False)), _nuclear, _over_tensor, 2),
+    "simplex": Kind(lambda s, x, axis: jnp.zeros((), x.dtype), _simplex, _over_tensor, 1),
 }
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt.base import positive, unknown
-from lopt.prox import Penalty, none
+from lopt.prox import Penalty, check, none
 
 SAFE = 0.9999  # of the step 1 / L
 RESTARTS = ("never", "gradient", "function")
@@ -87,7 +87,8 @@ def _accelerated(
     r, step = prox or none(), SAFE / lipschitz
 
     def init(params: Any) -> State:
-        dtype = jnp.result_type(float, *jax.tree.leaves(params))
+        check(r, params, f"lopt.proximal.{name}")
+        dtype = wide(params)
         return State(params, jnp.ones((), dtype), jnp.full((), jnp.inf, dtype))
 
     def update(updates, state, params=None, *, value_fn=None, **extra):
@@ -96,20 +97,30 @@ def _accelerated(
             raise ValueError(f"lopt.proximal.{name}: update got params=None; call tx.update(grads, state, params).")
         if restart == "function" and value_fn is None:
             raise ValueError(f"lopt.proximal.{name}: restart='function' needs F; call tx.update(…, value_fn=).")
-        x = jax.tree.map(lambda y, g: r.apply(y - step * g, step), params, updates)
+        x = plain_step(r, step, params, updates)
         moved = jax.tree.map(jnp.subtract, x, state.x)
         value, again = state.value, jnp.zeros((), bool)
         if restart == "gradient":
             against = jax.tree.map(lambda y, x, d: jnp.sum((y - x) * d), params, x, moved)
             again = jnp.greater(sum(jax.tree.leaves(against)), 0.0)
         elif value_fn is not None and restart == "function":
-            value = value_fn(x)
+            value = jnp.asarray(value_fn(x), state.value.dtype)
             again = value > state.value
         t, a = next_momentum(jnp.where(again, 1.0, state.t))
-        y = jax.tree.map(lambda x, d: x + a * d, x, moved)
+        y = jax.tree.map(lambda x, d: (x + a * d).astype(x.dtype), x, moved)
         return jax.tree.map(jnp.subtract, y, params), State(x, jnp.asarray(t, state.t.dtype), value)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def wide(params: Any) -> Any:
+    """The type of numbers that belong to all tensors: float32, or float64 where a tensor is."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+
+
+def plain_step(r: Penalty, step: Any, params: Any, gradients: Any) -> Any:
+    """prox(y - step ∇f(y)) of every tensor, in its own type whatever that of a traced step."""
+    return jax.tree.map(lambda y, g: jnp.asarray(r.apply(y - step * g, step), y.dtype), params, gradients)
 
 
 class Split(NamedTuple):
@@ -135,6 +146,7 @@ def admm(
     positive("lopt.proximal.admm", step=step)
 
     def init(params: Any) -> Split:
+        check(prox, params, "lopt.proximal.admm")
         return Split(params, jax.tree.map(jnp.zeros_like, params))
 
     def update(updates, state, params=None, **extra):
@@ -170,12 +182,12 @@ def adam_hd(
 
     def init(params: Any) -> Hyper:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return Hyper(adam.init(params), jnp.asarray(lr, jnp.result_type(float, *jax.tree.leaves(params))), zeros)
+        return Hyper(adam.init(params), jnp.asarray(lr, wide(params)), zeros)
 
     def update(updates, state, params=None, **extra):
         del extra
-        rate = state.lr + beta * optax.tree.vdot(updates, state.direction)
+        rate = (state.lr + beta * optax.tree.vdot(updates, state.direction)).astype(state.lr.dtype)
         direction, inner = adam.update(updates, state.adam, params)
-        return jax.tree.map(lambda d: -rate * d, direction), Hyper(inner, rate, direction)
+        return jax.tree.map(lambda d: (-rate * d).astype(d.dtype), direction), Hyper(inner, rate, direction)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -30,7 +30,7 @@ import optax
 from lopt import transform
 from lopt.base import positive
 from lopt.prox import Penalty, none
-from lopt.proximal import SAFE, fista
+from lopt.proximal import SAFE, fista, plain_step, wide
 from lopt.rules.l2o_pa import solution_of
 
 
@@ -84,7 +84,7 @@ def safeguard(
     follow = optax.with_extra_args_support(learned)
 
     def init(params: Any) -> State:
-        count, dtype = jnp.zeros((), jnp.int32), jnp.result_type(float, *jax.tree.leaves(params))
+        count, dtype = jnp.zeros((), jnp.int32), wide(params)
         least = jnp.full((), jnp.inf, dtype)
         on = jnp.ones((), bool)
         return State(count, on, count, least, least, params, learned.init(params), plain.init(params), params)
@@ -95,8 +95,8 @@ def safeguard(
         where = lambda condition, one, other: jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)  # noqa: E731
 
         def learning(_: None) -> tuple[Any, State]:
-            here = jax.tree.map(lambda y, g: r.apply(y - step * g, step), params, updates)
-            squares = jax.tree.map(lambda y, x: jnp.sum((y - x) ** 2), params, here)
+            here = plain_step(r, step, params, updates)
+            squares = jax.tree.map(lambda y, x: jnp.sum((y - x).astype(state.least.dtype) ** 2), params, here)
             residual = jnp.sqrt(sum(jax.tree.leaves(squares)))
             lower = residual < state.least  # never where it is not a number
             since = jnp.where(lower, 0, state.since + 1)

@@ -2,8 +2,8 @@
 
 Instances of a set are drawn anew, in float64, by the seed; all methods start at 0. A gap is (F - F*) / F*, floored at
 1e-12, at the point y where the gradient is taken and at the last output x of the proximal operator. What a classical
-method has to tune (momentum, rate, ADMM's step) is tuned on other instances of the problem's first set, by its mean gap
-at TUNED_AT; constants of Lipschitz are the true ones.
+method has to tune (momentum, rate, ADMM's step) is tuned on other instances of each set, by its mean gap at each k of
+TUNED_AT; constants of Lipschitz are the true ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from lopt.base import unknown
 from meta_test import drawing
-from meta_test.l2o_methods import FAR, NEAR, TUNED_AT, Method, classical, curves, learned, tune, unrolled
+from meta_test.l2o_methods import FAR, NEAR, Method, at_edge, classical, curves, learned, tune, unrolled
 from meta_test.l2o_problems import FLOOR, PROBLEMS, Instances, Problem, Set, draw, home
 from meta_test.report import dump, machine, write
 
@@ -40,7 +40,7 @@ class Result(NamedTuple):
 
     method: str
     instances: str
-    tuned: dict[str, float]
+    tuned: str  # in words, "" where nothing is
     at: tuple[int, ...]  # iterations
     curves: Float[np.ndarray, "2 K N"]  # gaps at y and x by iteration
 
@@ -55,20 +55,23 @@ def compare(
     problem: Problem, methods: Mapping[str, Method], sets: Sequence[str], args: argparse.Namespace
 ) -> tuple[list[Result], dict[str, Instances]]:
     """Every method on every set."""
-    first = next(iter(problem.sets))
-    task, others = draw(problem, first, TUNING_INSTANCES, TUNING_SEED + args.seed, args.cache)
-    chosen = {name: tune(task, method, others, 1 if problem.constrained else 0) for name, method in methods.items()}
     results, drawn, at = [], {}, iterations()
     for name in sets:
         began = time.process_time()
         count = min(args.instances, problem.sets[name].most)
         task, instances = draw(problem, name, count, args.seed, args.cache)
+        others = draw(problem, name, min(count, TUNING_INSTANCES), TUNING_SEED + args.seed, args.cache)[1]
         drawn[name] = instances
         for label, method in methods.items():
             if not method.fits(instances.phi):
                 continue
-            found = curves(task, method, instances, at, **chosen[label])
-            results.append(Result(label, name, chosen[label], at, found))
+            chosen = tune(task, method, others, 1 if problem.constrained else 0)
+            for tuned in {tuple(values.items()): values for values in chosen.values()}.values():
+                ks = " and ".join(str(k) for k, values in chosen.items() if values == tuned)
+                edge = ", an end of its grid" if at_edge(method, tuned) else ""
+                words = ", ".join(f"{key} {value:g}{edge}" for key, value in tuned.items())
+                found = curves(task, method, instances, at, **tuned)
+                results.append(Result(f"{label}, tuned for {ks}" if tuned else label, name, words, at, found))
             jax.clear_caches()
         print(f"{name}: {count} instances, {time.process_time() - began:.0f} s of CPU", flush=True)
     return results, drawn
@@ -92,14 +95,16 @@ def l2o(args: argparse.Namespace) -> int:
     with jax.enable_x64(True):
         methods: dict[str, Method] = {}
         for source in (one for one in args.optimizers.split(",") if one):
-            methods |= learned(source)
-        results, drawn = compare(problem, methods | unrolled(problem, args.cache) | classical(problem), sets, args)
+            methods |= learned(source, problem.steps)
+        methods |= unrolled(problem, sets, args.cache) | classical(problem)
+        results, drawn = compare(problem, methods, sets, args)
     record = {
         "command": args.written,
         "machine": machine(),
         "sets": {name: {"instances": len(one.best), "certified_to": one.gap} for name, one in drawn.items()},
         "constrained": problem.constrained,
-        "tuned": {result.method: result.tuned for result in results if result.tuned},
+        "tuned": [[result.instances, result.method, result.tuned] for result in results if result.tuned],
+        "safeguard_steps": problem.steps,
         "rows": rows(results),
     }
     page = as_markdown(record, results)
@@ -111,23 +116,30 @@ def l2o(args: argparse.Namespace) -> int:
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One a set, method, point and k: mean, half of its 95 % interval, median; None where a number is infinite."""
+    """One a set, method, point and k: count of instances, mean, half of the 95 % interval, median; None: infinite."""
     out = []
     for result in results:
         for point, held in zip(("y", "x"), result.curves, strict=True):
             for k in KS:
                 one = summary(held[result.at.index(k)])
-                finite = {key: value if np.isfinite(value) else None for key, value in one.items()}
+                finite = {key: value if np.isfinite(value) else None for key, value in one._asdict().items()}
                 out.append({"set": result.instances, "method": result.method, "at": point, "k": k, **finite})
     return out
 
 
-def summary(gaps: Float[np.ndarray, " N"]) -> dict[str, float]:
-    """Of the instances that were run: normal interval of the mean."""
+class Summary(NamedTuple):
+    count: int  # of instances
+    mean: float
+    half: float  # of the mean's 95 % interval, a normal one
+    median: float
+
+
+def summary(gaps: Float[np.ndarray, " N"]) -> Summary:
+    """Of the instances that were run."""
     gaps = gaps[~np.isnan(gaps)]
     with np.errstate(invalid="ignore", over="ignore"):
         half = 1.96 * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.inf
-    return {"mean": float(gaps.mean()), "half": float(half), "median": float(np.median(gaps))}
+    return Summary(len(gaps), float(gaps.mean()), float(half), float(np.median(gaps)))
 
 
 def as_csv(results: Sequence[Result]) -> str:
@@ -140,18 +152,22 @@ def as_csv(results: Sequence[Result]) -> str:
 
 
 def as_markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """A table a set; the least mean at each k in bold, all within a tenth of it too."""
+    """A table a set; the least mean of all its instances at each k in bold, all within a tenth of it too."""
     parts = [
         "# Relative gaps (F - F*) / F*",
         "",
         f"Mean ± half of its 95 % interval / median over instances, floored at {FLOOR:g}; made by "
-        f"`{record['command']}`. Learned rules without the safeguard: at k > {NEAR:,} the first {FAR} instances.",
+        f"`{record['command']}`. Numbers of fewer instances than the others of a table say so, and are not compared: "
+        f"learned rules without the safeguard are run on the first {FAR} alone beyond k = {NEAR:,}. With it they hand "
+        f"over after {record['safeguard_steps']} steps at the latest.",
     ]
     for name, about in record["sets"].items():
         here = [result for result in results if result.instances == name]
         points = [("x", 1)] if record["constrained"] else [("y", 0), ("x", 1)]
         held = {r.method: [summary(r.curves[i, r.at.index(k)]) for _, i in points for k in KS] for r in here}
-        least = np.min([[one["mean"] for one in cells] for cells in held.values()], axis=0)
+        whole = about["instances"]
+        means = [[one.mean if one.count == whole else np.inf for one in cells] for cells in held.values()]
+        least = np.min(means, axis=0)
         head = ["method", *(f"{point}, k = {k}" for point, _ in points for k in KS)]
         parts += [
             "",
@@ -162,18 +178,18 @@ def as_markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
             "|:--" + "|--:" * (len(head) - 1) + "|",
         ]
         for method, numbers in held.items():
-            cells = [f"{one['mean']:.1e} ± {one['half']:.0e} / {one['median']:.0e}" for one in numbers]
             cells = [
-                f"**{cell}**" if one["mean"] <= 1.1 * low else cell
+                words if one.count == whole else f"{words} ({one.count} instances)"
+                for one, words in ((one, f"{one.mean:.1e} ± {one.half:.0e} / {one.median:.0e}") for one in numbers)
+            ]
+            cells = [
+                f"**{cell}**" if one.count == whole and one.mean <= 1.1 * low else cell
                 for cell, one, low in zip(cells, numbers, least, strict=True)
             ]
             parts.append("| " + " | ".join([method, *cells]) + " |")
-    if record["tuned"]:
-        words = (f"{name}: {', '.join(f'{k} {v:g}' for k, v in at.items())}" for name, at in record["tuned"].items())
-        parts += [
-            "",
-            f"Tuned on {TUNING_INSTANCES} other instances of the first set, at k = {TUNED_AT}: {'; '.join(words)}.",
-        ]
+        words = [f"{method}: {tuned}" for instances, method, tuned in record["tuned"] if instances == name]
+        if words:
+            parts += ["", f"Tuned on {min(whole, TUNING_INSTANCES)} other instances of this set: {'; '.join(words)}."]
     return "\n".join([*parts, ""])
 
 
@@ -188,7 +204,7 @@ def picture(results: Sequence[Result], point: int = 0) -> str:
             style = {**drawing.STYLES[number % len(drawing.STYLES)], "marker": ""}
             if number >= len(drawing.STYLES):
                 style["alpha"] = 0.5
-            mean = np.array([summary(gaps)["mean"] for gaps in result.curves[point]])
+            mean = np.array([summary(gaps).mean for gaps in result.curves[point]])
             mean[~(mean < TOP)] = np.nan
             axis.plot(result.at, mean, label=result.method, **style)
         axis.set_xscale("symlog", linthresh=10)

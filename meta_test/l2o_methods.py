@@ -13,16 +13,18 @@ import optax
 
 import lopt
 import tasks
-from lopt import prox, proximal
+from lopt import base, prox, proximal
 from lopt.proximal_safeguard import last, safeguard
 from meta_test import l2o_unrolled
-from meta_test.l2o_problems import FLOOR, Instances, Problem
+from meta_test.l2o_problems import FLOOR, PATCHES, Instances, Problem
+from tasks import lasso
 from tasks.base import Task
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-TUNED_AT = 50
+TUNED_AT = (10, 50)
+MOMENTA = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 NEAR, FAR = 100, 32  # an LSTM's iteration costs a hundred of FISTA's: after k = 100 these are the first instances alone
 TOGETHER = 1 << 16  # elements of the matrices that are worked on at a time: what stays in a core's cache
 
@@ -33,7 +35,7 @@ class Method(NamedTuple):
     Fields:
       make: `(instance, **tuned) -> optax transform`; the instance is (phi, penalty, Lipschitz constant).
       proximal: whether gradients are those of the smooth part; otherwise subgradients of F.
-      grid: of what is tuned, name -> values; empty for nothing.
+      grid: of what is tuned, name -> ascending values; empty for nothing.
       far: instances at most beyond k = NEAR, where an iteration is dear; None for all.
       fits: `phi -> bool`, whether it can be used on a set; phi with a leading axis.
     """
@@ -53,7 +55,7 @@ class Instance(NamedTuple):
 
 def classical(problem: Problem) -> dict[str, Method]:
     """The hand-designed methods, by name."""
-    rates = tuple(10.0 ** np.arange(-3, 0.51, 0.5))
+    rates = tuple(float(f"{10.0**power:.3g}") for power in np.arange(-4, 1.01, 0.5))
 
     def both(one: Instance) -> dict[str, Any]:
         return {"lipschitz": one.lipschitz, "prox": one.prox}
@@ -63,11 +65,9 @@ def classical(problem: Problem) -> dict[str, Method]:
         "FISTA": Method(lambda one: proximal.fista(**both(one))),
         "FISTA, gradient restart": Method(lambda one: proximal.fista(**both(one), restart="gradient")),
         "FISTA, function restart": Method(lambda one: proximal.fista(**both(one), restart="function")),
-        "momentum, tuned": Method(
-            lambda one, a: proximal.momentum(**both(one), a=a), grid={"a": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)}
-        ),
-        "Adam, subgradients, tuned": Method(lambda one, lr: optax.adam(lr), proximal=False, grid={"lr": rates}),
-        "Adam-HD, subgradients, tuned": Method(
+        "momentum": Method(lambda one, a: proximal.momentum(**both(one), a=a), grid={"a": MOMENTA}),
+        "Adam, subgradients": Method(lambda one, lr: optax.adam(lr), proximal=False, grid={"lr": rates}),
+        "Adam-HD, subgradients": Method(
             lambda one, lr: proximal.adam_hd(lr=lr, beta=1e-4), proximal=False, grid={"lr": rates}
         ),
     }
@@ -80,20 +80,26 @@ def classical(problem: Problem) -> dict[str, Method]:
             inverse = jnp.linalg.inv(gram + jnp.eye(len(gram)) / step)  # once, and not in every iteration
             return lambda v, _: inverse @ (at_b + v / step)
 
-        methods["ADMM, tuned"] = Method(
+        methods["ADMM"] = Method(
             lambda one, step: proximal.admm(prox_f=solve(one.held, step), prox=one.prox, step=step),
-            grid={"step": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)},
+            grid={"step": (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)},
         )
     return methods
 
 
-def learned(source: str) -> dict[str, Method]:
-    """A meta-trained rule, untuned, and with the safeguard. Raises ValueError or OSError for no artifact."""
+def learned(source: str, steps: int = 100) -> dict[str, Method]:
+    """A meta-trained rule, untuned, and with the safeguard, which hands over after so many steps at the latest.
+
+    Raises ValueError or OSError for no artifact.
+    """
     rule, theta = lopt.read(source)
     label = f"{rule.name}: {source}"
-    if rule.needs:
-        raise ValueError(f"lopt-eval l2o: {source} is {rule.name}, which needs {', '.join(rule.needs)}; valid: none.")
-    if rule.name != "l2o_pa":
+    if rule.needs - {"grad_fn"}:
+        raise ValueError(
+            f"lopt-eval l2o: {source} is {rule.name}, which needs {', '.join(sorted(rule.needs))}; valid: at most "
+            "grad_fn."
+        )
+    if not base.proximal(rule):
         return {label: Method(lambda one: rule.bind(theta), proximal=False, far=FAR)}
 
     def bound(one: Instance) -> optax.GradientTransformationExtraArgs:
@@ -102,23 +108,35 @@ def learned(source: str) -> dict[str, Method]:
     return {
         label: Method(bound, far=FAR),
         f"{label}, safeguarded": Method(
-            lambda one: safeguard(bound(one), prox=one.prox, lipschitz=one.lipschitz),
+            lambda one: safeguard(bound(one), prox=one.prox, lipschitz=one.lipschitz, steps=steps),
         ),
     }
 
 
-def unrolled(problem: Problem, cache: Path | None) -> dict[str, Method]:
-    """Ada-LISTA trained on a LASSO problem's first set; it fits all sets with as many rows."""
-    if problem.family != "lasso":
-        return {}
-    first, name = next(iter(problem.sets.values())), "Ada-LISTA"
-    theta = l2o_unrolled.trained(tasks.make("lasso", **first.settings), name, cache)
-    return {
-        f"{name}, {l2o_unrolled.LAYERS} layers": Method(
-            lambda one: l2o_unrolled.as_optax(l2o_unrolled.NETWORKS[name], theta, one.held),
-            fits=lambda phi: hasattr(phi, "W") and phi.W.shape[1] == len(theta.first),
+def unrolled(problem: Problem, names: Sequence[str], cache: Path | None) -> dict[str, Method]:
+    """Ada-LISTA trained on a LASSO problem's first set, for those of the sets with as many rows; LISTA on patches of
+    the training images, for those of the test images, since it fits one matrix.
+    """
+    methods: dict[str, Method] = {}
+    if problem.family != "lasso" or problem.constrained or "l2" in next(iter(problem.sets.values())).settings:
+        return methods
+
+    def method(name: str, task: Task, fits: Callable[[Any], bool]) -> None:
+        theta = l2o_unrolled.trained(task, name, cache)
+        methods[f"{name}, {l2o_unrolled.LAYERS} layers"] = Method(
+            lambda one: l2o_unrolled.as_optax(l2o_unrolled.NETWORKS[name], theta, l2o_unrolled.seen(one)), fits=fits
         )
-    }
+
+    first = next(iter(problem.sets))
+    if first in names:
+        task = tasks.make("lasso", **problem.sets[first].settings)
+        rows = jax.eval_shape(task.sample, jax.random.key(0)).W.shape[0]
+        method("Ada-LISTA", task, lambda phi: hasattr(phi, "W") and phi.W.shape[1] == rows)
+    for name in names:
+        if problem.sets[name].family == PATCHES:
+            own = tasks.make(PATCHES, **problem.sets[name].settings, split="train")
+            method("LISTA", own, lambda phi: isinstance(phi, lasso.Patch))
+    return methods
 
 
 def together(task: Task, phi: Any) -> int:
@@ -177,10 +195,18 @@ def curves(
     return out
 
 
-def tune(task: Task, method: Method, instances: Instances, point: int = 0) -> dict[str, float]:
-    """The value of the least mean gap at y, or at x (1), after TUNED_AT steps; {} where there is nothing to tune."""
+def tune(task: Task, method: Method, instances: Instances, point: int = 0) -> dict[int, dict[str, float]]:
+    """For each k of TUNED_AT the value of the least mean gap at y, or at x (1), after k steps; {0: {}} where there is
+    nothing to tune. Of values that are level there, as at the floor of gaps, the one that is ahead at the first k.
+    """
     if not method.grid:
-        return {}
+        return {0: {}}
     ((name, values),) = method.grid.items()
-    scores = [gaps(task, method, instances, [TUNED_AT], **{name: value})[point, -1].mean() for value in values]
-    return {name: float(values[int(np.argmin(scores))])}
+    found = [gaps(task, method, instances, TUNED_AT, **{name: value})[point].mean(1) for value in values]
+    best = {k: min(range(len(values)), key=lambda v: (found[v][i], found[v][0])) for i, k in enumerate(TUNED_AT)}
+    return {k: {name: float(values[v])} for k, v in best.items()}
+
+
+def at_edge(method: Method, tuned: Mapping[str, float]) -> bool:
+    """Whether a value is an end of its grid, beyond which a better one may lie; momentum has none below 0."""
+    return any(value in (method.grid[name][0], method.grid[name][-1]) and value != 0 for name, value in tuned.items())

@@ -8,7 +8,8 @@ Golts & Elad (2022), "Ada-LISTA: learned solvers adaptive to varying models", ar
 
 Differs from the papers: γ_k is in units of .9999 / L and θ_k of that times the strength, of each instance; all begin at
 ISTA; the loss is the mean over layers of F, as that of our meta-training, without known solutions; after layer K the
-last one is repeated. They are no rules: what is learned fits one number of rows, LISTA's one matrix.
+last one is repeated. They are no rules: what is learned fits one number of rows, LISTA's one matrix (that of image
+patches in a learned dictionary; random instances have each their own).
 """
 
 from __future__ import annotations
@@ -67,6 +68,20 @@ def layer(theta: Theta, phi: Any, x: Float[Array, " n"], k: Any) -> Float[Array,
     return soft(theta.second @ phi.b + theta.first @ x, theta.threshold[k] * SAFE / phi.lipschitz * phi.strength)
 
 
+class Seen(NamedTuple):
+    """What the networks are given of an instance."""
+
+    W: Float[Array, "m n"]
+    b: Float[Array, " m"]
+    strength: Float[Array, ""]
+    lipschitz: Float[Array, ""]
+
+
+def seen(one: Any) -> Seen:
+    """Of an instance (see `l2o_methods.Instance`)."""
+    return Seen(one.held.W, one.held.b, one.prox.strength[0], one.lipschitz)
+
+
 class Network(NamedTuple):
     start: Callable[[Any], Theta]
     layer: Callable[[Theta, Any, Any, Any], Any]
@@ -100,22 +115,28 @@ def train(task: Task, name: str, *, steps: int = STEPS, seed: int = 0) -> tuple[
     Returns:
       theta of the least mean F on BATCH instances of another seed, and that F every EVERY updates.
     """
-    network, key = NETWORKS[name], jax.random.key(seed)
+    network, key, composite = NETWORKS[name], jax.random.key(seed), task.composite
+    if composite is None or composite.kind != "l1":
+        raise ValueError(f"l2o_unrolled: {task.name} has no l1 penalty; valid: lasso and its patches.")
     adam = optax.adam(optax.cosine_decay_schedule(RATE, steps, 0.01))
 
     def instances(key: Any) -> Any:
         return jax.vmap(task.sample)(jax.random.split(key, BATCH))
 
+    def view(phi: Any) -> tuple[Seen, Any]:
+        batch = task.batch(key, phi, task.data, "validation")
+        held = phi if hasattr(phi, "W") else batch
+        return Seen(held.W, held.b, composite.penalty(phi)[0], composite.lipschitz(phi)), batch
+
     def loss(theta: Theta, phis: Any) -> Any:
         def one(phi: Any) -> Any:
-            x = jnp.zeros(phi.W.shape[1], phi.W.dtype)
-            batch = jnp.zeros_like(x)
+            given, batch = view(phi)
 
             def step(x: Any, k: Any) -> Any:
-                x = network.layer(theta, phi, x, k)
-                return x, task.loss(x, None, phi, batch)
+                x = network.layer(theta, given, x, k)
+                return x, task.loss(x, key, phi, batch)
 
-            return jnp.mean(jax.lax.scan(step, x, jnp.arange(LAYERS))[1])
+            return jnp.mean(jax.lax.scan(step, task.init(key, phi), jnp.arange(LAYERS))[1])
 
         return jnp.mean(jax.vmap(one)(phis))
 
@@ -130,7 +151,7 @@ def train(task: Task, name: str, *, steps: int = STEPS, seed: int = 0) -> tuple[
         return carry, loss(carry[0], held)
 
     held = jax.jit(instances)(jax.random.fold_in(key, 1))
-    theta = network.start(jax.tree.map(lambda leaf: leaf[0], held))
+    theta = network.start(view(jax.tree.map(lambda leaf: leaf[0], held))[0])
     best, scores, carry = theta, [float(jax.jit(loss)(theta, held))], (theta, adam.init(theta))
     for keys in jax.random.split(jax.random.fold_in(key, 2), steps).reshape(-1, EVERY):
         carry, score = some(carry, keys, held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt.base import LearnedOptimizer, unknown
+from lopt.base import LearnedOptimizer, proximal, unknown
 from lopt.prox import Penalty
 from tasks.base import Task
 
@@ -110,7 +109,8 @@ def make_inner(
         short and they do not march in step.
 
     Raises:
-      ValueError: for an unknown name or a number out of range.
+      ValueError: for an unknown name or a number out of range, and for a rule with a proximal operator on a task
+        without `composite`.
     """
     where = "meta_train.make_inner"
     choices = (meta_loss, META_LOSSES), (objective, OBJECTIVES), (normalise, NORMALISE)
@@ -127,7 +127,13 @@ def make_inner(
     split = "validation" if meta_loss == "validation" else "train"
     value_and_grad = task.value_and_grad or jax.value_and_grad(task.loss)
     # A rule with a proximal operator sees the smooth part's gradient; any other a subgradient of the whole.
-    composite = task.composite if "prox" in inspect.signature(rule.bind).parameters else None
+    composite = task.composite if proximal(rule) else None
+    if proximal(rule) and composite is None:
+        raise ValueError(
+            f"{where}: rule {rule.name} on {task.name or task.family}, whose loss has no known smooth part, penalty "
+            "and Lipschitz constant; valid: a task with `composite` (lasso, logistic_l1, structured_regression, "
+            "matrix_completion; not augmented), or a rule without a proximal operator (l2o_dm, rnnprop, …)."
+        )
     if composite:
         smooth = jax.grad(composite.smooth)
         value_and_grad = lambda *args: (task.loss(*args), smooth(*args))  # noqa: E731

@@ -24,12 +24,15 @@ class Composite(NamedTuple):
       penalty: `phi -> strengths`, numbers or arrays, of the penalty's `kind`.
       lipschitz: `phi -> ()`, the Lipschitz constant of the smooth part's gradient.
       kind: name of the penalty, as `lopt.prox` has them.
+      optimum: `(phi, data) -> tasks.certified.Optimum` of instances, phi with a leading axis, in NumPy; or None where
+        no solver knows it.
     """
 
     smooth: Callable[[Any, Any, Any, Any], Any]
     penalty: Callable[[Any], tuple[Any, ...]]
     lipschitz: Callable[[Any], Any]
     kind: str = "l1"
+    optimum: Callable[[Any, Any], Any] | None = None
 
 
 class Task(NamedTuple):

@@ -78,7 +78,7 @@ def minimum(
     b: Float[np.ndarray, "N m"],
     rho: float | Float[np.ndarray, " N"],
     *,
-    steps: int = 20_000,
+    steps: int = 50_000,
     tolerance: float = 1e-14,
 ) -> Optimum:
     """Minimise f(x) + rho · Σ |x|, rho > 0.
@@ -92,40 +92,91 @@ def minimum(
       tolerance: gap, relative to max(1, |F|), at which an instance is done.
     """
     rho = np.broadcast_to(np.asarray(rho, np.float64), len(W))
-    together = max(1, CACHE // max(1, W[0].size))  # as many as stay in a core's cache; the rest of a pass is memory
-    parts = [slice(at, at + together) for at in range(0, len(W), together)]
     W, b = (np.asarray(held, np.float64) for held in (W, b))
-    found = [_minimum(smooth, W[part], b[part], rho[part], steps, tolerance) for part in parts]
+    step = 1 / (np.linalg.norm(W, 2, axis=(1, 2)) ** 2 * smooth.bound(W.shape[1]))
+    problem = Composite(
+        gradient=lambda given, x: _gradient(smooth, given[0], given[1], x),
+        prox=lambda given, v, step: np.sign(v) * np.maximum(np.abs(v) - given[2][:, None] * step[:, None], 0),
+        polish=lambda given, x: _polish(smooth, given[0], given[1], given[2], x),
+        certify=lambda given, x: certify(smooth, given[0], given[1], given[2], x),
+    )
+    together = max(1, CACHE // max(1, W[0].size))  # as many as stay in a core's cache; the rest of a pass is memory
+    zero, found = np.zeros((len(W), W.shape[2])), []
+    for at in range(0, len(W), together):
+        part = slice(at, at + together)
+        found.append(descend(problem, (W[part], b[part], rho[part]), zero[part], step[part], steps, tolerance))
     return Optimum(*(np.concatenate(field) for field in zip(*found, strict=True)))
 
 
-def _minimum(smooth: Smooth, W: Any, b: Any, rho: np.ndarray, steps: int, tolerance: float) -> Optimum:
-    best = certify(smooth, W, b, rho, np.zeros((len(W), W.shape[2])))
-    step = 1 / (np.linalg.norm(W, 2, axis=(1, 2)) ** 2 * smooth.bound(W.shape[1]))[:, None]
-    left = np.arange(len(W))  # instances that are not done
-    x = y = np.zeros_like(best.x)
-    t = np.ones((len(W), 1))
+class Composite(NamedTuple):
+    """N problems f + r, each function of `given`, what they differ by: a tuple of arrays with a leading axis N.
+
+    Fields:
+      gradient: `(given, x) -> of f`.
+      prox: `(given, v, step [N]) -> x`, of r.
+      polish: `(given, x) -> x`, better where what is 0, or at a bound, was found; it may be worse.
+      certify: `(given, x) -> Optimum`, at points that prox or polish returned.
+    """
+
+    gradient: Callable[..., np.ndarray]
+    prox: Callable[..., np.ndarray]
+    polish: Callable[..., np.ndarray]
+    certify: Callable[..., Optimum]
+
+
+def descend(
+    problem: Composite,
+    given: tuple[np.ndarray, ...],
+    x: Float[np.ndarray, "N ..."],
+    step: Float[np.ndarray, " N"],
+    steps: int = 50_000,
+    tolerance: float = 1e-13,
+) -> Optimum:
+    """FISTA with gradient restarts, and what `polish` makes of its points; the least gap counts.
+
+    Not the least value: they may differ by rounding, and the gap is what is promised.
+
+    Args:
+      problem: N of them.
+      given: what they differ by.
+      x: where it begins.
+      step: 1 / the Lipschitz constants of f's gradients.
+      steps: at most.
+      tolerance: gap, relative to max(1, |F|), at which an instance is done.
+    """
+    best, left = problem.certify(given, x), np.arange(len(x))  # left: instances that are not done
+    best = Optimum(*(np.array(field) for field in best))
+    y, t = x, np.ones(len(x))
+    wide = lambda one: one.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    inner = lambda a, b: np.sum((a * b).reshape(len(a), -1), 1)  # noqa: E731
     for count in range(1, steps + 1):
-        v = y - step * _gradient(smooth, W, b, y)
-        new = np.sign(v) * np.maximum(np.abs(v) - rho[:, None] * step, 0)
-        t = np.where(np.sum((y - new) * (new - x), 1, keepdims=True) > 0, 1.0, t)
+        new = problem.prox(given, y - wide(step) * problem.gradient(given, y), step)
+        t = np.where(inner(y - new, new - x) > 0, 1.0, t)
         following = (1 + np.sqrt(1 + 4 * t * t)) / 2
-        x, y, t = new, new + (t - 1) / following * (new - x), following
+        x, y, t = new, new + wide((t - 1) / following) * (new - x), following
         if count % EVERY == 0 or count == steps:
-            found = _better(*(certify(smooth, W, b, rho, p) for p in (x, _polish(smooth, W, b, rho, x))))
-            for field, value in zip(best, found, strict=True):
-                field[left] = value
-            more = found.gap > tolerance * np.maximum(1, np.abs(found.value))
+            for found in (problem.certify(given, point) for point in (x, problem.polish(given, x))):
+                lower = found.gap < best.gap[left]
+                for field, value in zip(best, found, strict=True):
+                    field[left[lower]] = value[lower]
+            more = best.gap[left] > tolerance * np.maximum(1, np.abs(best.value[left]))
             if not more.any():
                 break
-            W, b, rho, step, x, y, t, left = (held[more] for held in (W, b, rho, step, x, y, t, left))
+            given = tuple(held[more] for held in given)
+            step, x, y, t, left = (held[more] for held in (step, x, y, t, left))
     return best
 
 
-def _better(one: Optimum, other: Optimum) -> Optimum:
-    lower = (other.value < one.value)[:, None]
-    rest = (np.where(lower[:, 0], q, p) for p, q in zip(one[1:], other[1:], strict=True))
-    return Optimum(np.where(lower, other.x, one.x), *rest)
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one problem's arrays, for N of them: each array's leading axis in turn."""
+
+    def each(given: tuple[np.ndarray, ...], *arrays: np.ndarray) -> Any:
+        found = [function(tuple(held[k] for held in given), *(x[k] for x in arrays)) for k in range(len(arrays[0]))]
+        if isinstance(found[0], Optimum):
+            return Optimum(*(np.stack(field) for field in zip(*found, strict=True)))
+        return np.stack(found)
+
+    return each
 
 
 def certify(smooth: Smooth, W: Any, b: Any, rho: Any, x: Float[np.ndarray, "N n"]) -> Optimum:
@@ -169,40 +220,3 @@ def _polish(smooth: Smooth, W: Any, b: Any, rho: np.ndarray, x: np.ndarray) -> n
                 break
         out[k, on] = point
     return out
-
-
-def descend(
-    x: Float[np.ndarray, " n"],
-    gradient: Callable[[np.ndarray], np.ndarray],
-    step: float,
-    prox: Callable[[np.ndarray, float], np.ndarray],
-    polish: Callable[[np.ndarray], np.ndarray],
-    certify: Callable[[np.ndarray], Optimum],
-    *,
-    steps: int = 50_000,
-    tolerance: float = 1e-13,
-) -> Optimum:
-    """The same for one instance of any penalty: FISTA with gradient restarts, and what `polish` makes of its points.
-
-    Args:
-      x: where it begins.
-      gradient: of the smooth part.
-      step: 1 / its Lipschitz constant.
-      prox: `(v, step) -> x`.
-      polish: `x -> x`, better where what is 0, or at a bound, was found; it may be worse.
-      certify: `x -> Optimum` of one instance, at points that prox or polish returned.
-      steps: at most.
-      tolerance: gap, relative to max(1, |F|), at which it ends.
-    """
-    y, t, best = x, 1.0, certify(x)
-    for count in range(1, steps + 1):
-        new = prox(y - step * gradient(y), step)
-        t = 1.0 if np.vdot(y - new, new - x) > 0 else t
-        following = (1 + np.sqrt(1 + 4 * t * t)) / 2
-        x, y, t = new, new + (t - 1) / following * (new - x), following
-        if count % EVERY == 0 or count == steps:
-            # The least gap, and not the least value: they may differ by rounding, and the gap is what is promised.
-            best = min((best, certify(x), certify(polish(x))), key=lambda one: float(one.gap))
-            if best.gap <= tolerance * max(1.0, abs(float(best.value))):
-                break
-    return best

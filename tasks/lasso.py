@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tasks import certified
-from tasks.base import Composite, Split, Task
+from tasks.base import SPLITS, Composite, Split, Task
 from tasks.data import images
 from tasks.space import Choice, LogInt
 from tasks.sparse import linear_model
-from tasks.supervised import require_positive
+from tasks.supervised import require_ends, require_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -40,9 +40,10 @@ def lasso(
     magnitude: Sequence[float] = (1.0, 1.0),
     shift: Sequence[float] = (0.0, 0.0),
     log10_strength: Sequence[float] = (-1.0, -1.0),
+    l2: float = 0.0,
     noise: float = 0.0,
 ) -> Task:
-    """½‖W x - b‖² + strength · Σ |x| from 0, where b = W x* for an x* with few nonzeros; an instance a phi.
+    """½‖W x - b‖² + strength · Σ |x| + l2 / 2 · Σ x² from 0; an instance a phi: b = W x* for an x* with few nonzeros.
 
     Args:
       rows: m.
@@ -52,6 +53,7 @@ def lasso(
       shift: range of u; W is (1 - u) · normal + u before its columns are scaled. Above 0 columns are correlated and the
         problem is ill-conditioned (.3 in the recorded instances).
       log10_strength: range of the strength's log10; phi draws from it uniformly.
+      l2: of the elastic net (Zou & Hastie 2005, doi:10.1111/j.1467-9868.2005.00503.x), which is part of the penalty.
       noise: standard deviation of the gradient's noise along each axis; validation and test have none.
 
     Raises ValueError for an invalid setting, naming the valid ones.
@@ -62,12 +64,14 @@ def lasso(
         lambda phi, x: 0.5 * jnp.sum((phi.W @ x - phi.b) ** 2),
         lambda z: z,
         1.0,
+        certified.SQUARED,
         rows=rows,
         columns=columns,
         nonzeros=nonzeros,
         magnitude=magnitude,
         shift=shift,
         log10_strength=log10_strength,
+        l2=l2,
         noise=noise,
         unit_columns=True,
         init_loss=0.5 * nonzeros * magnitude[0] ** 2 if plain else None,
@@ -89,18 +93,30 @@ class Known(NamedTuple):
     b: Float[Array, " m"]
 
 
-def patches(*, data: str = "mnist5k", atoms: int = 128, log10_strength: Sequence[float] = (-0.30103, -0.30103)) -> Task:
+def patches(
+    *,
+    data: str = "mnist5k",
+    atoms: int = 128,
+    log10_strength: Sequence[float] = (-0.30103, -0.30103),
+    split: Split = "test",
+) -> Task:
     """8 × 8 image patches in a dictionary learned from others of the set's training images: `tasks.lasso:patches`.
 
     Args:
       data: images of 28 × 28 or more. A patch is one that is not blank, of mean 0, all scaled by one number to a mean
-        square of 1; instances are those of the test images.
+        square of 1.
       atoms: n of the dictionary [64, n], columns of length 1, made by `dictionary`.
       log10_strength: range of the strength's log10 (-.30103: .5, as in Liu et al.); phi draws from it uniformly.
+      split: of the images that instances are patches of. The dictionary is of the training images.
+
+    Raises ValueError for an invalid setting, naming the valid ones.
     """
     require_positive("lasso.patches", "atoms", [atoms])
+    require_ends("lasso.patches", "log10_strength", log10_strength, -8.0, 4.0)
+    if split not in SPLITS:
+        raise ValueError(f"lasso.patches: split, got {split!r}; valid: {', '.join(SPLITS)}.")
     held = images(data, 28)
-    W, b = jnp.asarray(dictionary(data, atoms)), jnp.asarray(cut(data, "test"))
+    W, b = jnp.asarray(dictionary(data, atoms)), jnp.asarray(cut(data, split))
     constant, count = float(np.linalg.norm(np.asarray(W, np.float64), 2) ** 2), len(b)
 
     def sample(key: PRNGKeyArray) -> Patch:
@@ -120,10 +136,11 @@ def patches(*, data: str = "mnist5k", atoms: int = 128, log10_strength: Sequence
         init=lambda key, phi: jnp.zeros(atoms, jnp.float32),
         batch=lambda key, phi, data, split: Known(data.W, data.b[phi.index]),
         loss=loss,
-        name=f"lasso.patches({data}, {atoms} atoms, strength 10^{log10_strength[0]:g} to 10^{log10_strength[1]:g})",
+        name=f"lasso.patches({data}, {split}, {atoms} atoms, strength 10^{log10_strength[0]:g} to "
+        f"10^{log10_strength[1]:g})",
         provenance=held.provenance,
         deterministic=True,
-        composite=Composite(smooth, lambda phi: (phi.strength,), lambda phi: phi.lipschitz),
+        composite=Composite(smooth, lambda phi: (phi.strength,), lambda phi: phi.lipschitz, optimum=_patches_optimum),
     )
 
 
@@ -167,10 +184,7 @@ def dictionary(
     return W
 
 
-def optimum(phi: Any, task: Task) -> certified.Optimum:
-    """Certified optima of instances, phi with a leading axis."""
-    if isinstance(phi, Patch):
-        b = np.asarray(task.data.b)[phi.index]
-        W = np.broadcast_to(np.asarray(task.data.W), (len(b), *task.data.W.shape))
-        return certified.minimum(certified.SQUARED, W, b, np.asarray(phi.strength))
-    return certified.minimum(certified.SQUARED, phi.W, phi.b, phi.strength)
+def _patches_optimum(phi: Patch, data: Known) -> certified.Optimum:
+    b = np.asarray(data.b)[np.asarray(phi.index)]
+    W = np.broadcast_to(np.asarray(data.W), (len(b), *data.W.shape))
+    return certified.minimum(certified.SQUARED, W, b, np.asarray(phi.strength))

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from tasks.data import names
 from tasks.data import table as load_table
 from tasks.space import Choice, LogInt
 from tasks.sparse import linear_model
+from tasks.supervised import require_ends
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
@@ -66,6 +67,7 @@ def logistic_l1(
         smooth,
         lambda z: (z >= 0).astype(jnp.float32),
         0.25 / max(rows, 1),
+        certified.LOGISTIC,
         rows=rows,
         columns=columns,
         nonzeros=nonzeros,
@@ -102,6 +104,7 @@ def table(*, data: str = "breast_cancer", log10_strength: Sequence[float] = (-2.
 
     Raises ValueError for a file that is none, and for another number of classes.
     """
+    require_ends("logistic_l1.table", "log10_strength", log10_strength, -8.0, 4.0)
     x, y, provenance = read(data)
     W, b = jnp.asarray(x), jnp.asarray(y)
     constant = float(np.linalg.norm(np.asarray(x, np.float64), 2) ** 2 / (4 * len(x)))
@@ -128,7 +131,7 @@ def table(*, data: str = "breast_cancer", log10_strength: Sequence[float] = (-2.
         init_loss=math.log(2),
         provenance=provenance,
         deterministic=True,
-        composite=Composite(smooth, lambda phi: (phi.strength,), lambda phi: phi.lipschitz),
+        composite=Composite(smooth, lambda phi: (phi.strength,), lambda phi: phi.lipschitz, optimum=_table_optimum),
     )
 
 
@@ -143,7 +146,11 @@ def read(data: str) -> tuple[np.ndarray, np.ndarray, tuple[Source, ...]]:
         if not path.is_file():
             raise ValueError(f"{where}, got {data!r}; valid: a CSV file, or {', '.join(names('table'))}.")
         content = path.read_bytes()
-        rows = [row for row in csv.reader(content.decode().splitlines()) if row]
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{where}, {path} at byte {e.start} is not UTF-8; valid: a CSV file in UTF-8.") from e
+        rows = [row for row in csv.reader(text.splitlines()) if row]
         rows = rows if rows and _numbers(rows[0][:-1]) else rows[1:]
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]) or len(row) < 2 or not _numbers(row[:-1]):
@@ -165,11 +172,7 @@ def _numbers(row: Sequence[str]) -> bool:
         return False
 
 
-def optimum(phi: Any, task: Task) -> certified.Optimum:
-    """Certified optima of instances, phi with a leading axis."""
-    if isinstance(phi, Strength):
-        W, b = (np.asarray(leaf) for leaf in task.data)
-        count = len(phi.strength)
-        W, b = np.broadcast_to(W, (count, *W.shape)), np.broadcast_to(b, (count, *b.shape))
-        return certified.minimum(certified.LOGISTIC, W, b, np.asarray(phi.strength))
-    return certified.minimum(certified.LOGISTIC, phi.W, phi.b, phi.strength)
+def _table_optimum(phi: Strength, data: Known) -> certified.Optimum:
+    count = len(phi.strength)
+    W, b = (np.broadcast_to(np.asarray(leaf), (count, *leaf.shape)) for leaf in data)
+    return certified.minimum(certified.LOGISTIC, W, b, np.asarray(phi.strength))

@@ -16,7 +16,7 @@ import numpy as np
 from tasks import certified
 from tasks.base import Composite, Split, Task
 from tasks.space import Choice, LogFloat, LogInt
-from tasks.supervised import require_positive, split_index
+from tasks.supervised import require_ends, require_positive, require_within, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PRNGKeyArray
@@ -70,11 +70,9 @@ def matrix_completion(
         raise ValueError(f"{family}: rank, got {rank}; valid: 1 to {min(rows, columns)}.")
     if not 0.0 < known <= 1.0:
         raise ValueError(f"{family}: known, got {known}; valid: (0, 1].")
-    for name, got in {"noise": noise, "gradient_noise": gradient_noise}.items():
-        if not 0.0 <= got <= 1e6:
-            raise ValueError(f"{family}: {name}, got {got}; valid: 0 to 1e6.")
-    if not -8.0 <= log10_strength[0] <= log10_strength[1] <= 4.0:
-        raise ValueError(f"{family}: log10_strength, got {log10_strength}; valid: a range (low, high) in [-8, 4].")
+    require_within(family, "noise", noise, 0.0, 1e6)
+    require_within(family, "gradient_noise", gradient_noise, 0.0, 1e6)
+    require_ends(family, "log10_strength", log10_strength, -8.0, 4.0)
 
     def sample(key: PRNGKeyArray) -> Phi:
         left_key, right_key, mask_key, noise_key, strength_key = jax.random.split(key, 5)
@@ -104,7 +102,9 @@ def matrix_completion(
         f"10^{log10_strength[0]:g} to 10^{log10_strength[1]:g}, gradient noise {gradient_noise:g})",
         init_loss=0.5 * rows * columns * known * (1 + noise**2),
         deterministic=gradient_noise == 0.0,
-        composite=Composite(smooth, lambda phi: (phi.strength,), lambda phi: jnp.ones_like(phi.strength), "nuclear"),
+        composite=Composite(
+            smooth, lambda phi: (phi.strength,), lambda phi: jnp.ones_like(phi.strength), "nuclear", optimum
+        ),
     )
 
 
@@ -122,24 +122,23 @@ def _(primals: Any, tangents: Any) -> Any:
     return jnp.sum(values), jnp.vdot(slope, tangents[0])
 
 
-def optimum(phi: Any, task: Task) -> certified.Optimum:
+def optimum(phi: Any, data: Any = ()) -> certified.Optimum:
     """Certified optima of instances, phi with a leading axis: FISTA with restarts, to a gap of 1e-13."""
-    del task
-    found = [_optimum(*(np.asarray(leaf[k], float) for leaf in phi)) for k in range(len(phi.b))]
-    return certified.Optimum(*(np.stack(field) for field in zip(*found, strict=True)))
+    del data
+    mask, b, strength = (np.asarray(leaf, float) for leaf in phi)
 
-
-def _optimum(mask: np.ndarray, b: np.ndarray, strength: Any) -> certified.Optimum:
-    def prox(v: np.ndarray, step: float) -> np.ndarray:
+    def prox(given: tuple[np.ndarray, ...], v: np.ndarray, step: np.ndarray) -> np.ndarray:
         left, values, right = np.linalg.svd(v, full_matrices=False)
-        return (left * np.maximum(values - strength * step, 0)) @ right
+        return (left * np.maximum(values - (given[2] * step)[:, None], 0)[:, None, :]) @ right
 
-    def certify(x: np.ndarray) -> certified.Optimum:
+    def certify(given: tuple[np.ndarray, ...], x: np.ndarray) -> certified.Optimum:
         """The residual, made small enough in the spectral norm, is a dual point."""
+        mask, b, strength = given
         u = mask * x - b
-        value = 0.5 * np.sum(u * u) + strength * np.sum(np.linalg.svd(x, compute_uv=False))
-        u = u * min(1.0, strength / max(np.linalg.norm(u, 2), 1e-300))
-        return certified.Optimum(x, value, value + 0.5 * np.sum(u * u) + np.sum(u * b))
+        value = 0.5 * np.sum(u * u, (1, 2)) + strength * np.sum(np.linalg.svd(x, compute_uv=False), 1)
+        steepest = np.linalg.norm(u, 2, axis=(1, 2))
+        u = u * np.minimum(1.0, strength / np.maximum(steepest, 1e-300))[:, None, None]
+        return certified.Optimum(x, value, value + 0.5 * np.sum(u * u, (1, 2)) + np.sum(u * b, (1, 2)))
 
-    start, slope = np.zeros_like(b), lambda x: mask * x - b
-    return certified.descend(start, slope, 1.0, prox, lambda x: x, certify)
+    problem = certified.Composite(lambda given, x: given[0] * x - given[1], prox, lambda given, x: x, certify)
+    return certified.descend(problem, (mask, b, strength), np.zeros_like(b), np.ones(len(b)))

@@ -19,7 +19,7 @@ from tasks import certified
 from tasks.base import Composite, Split, Task
 from tasks.space import Choice, LogFloat, LogInt
 from tasks.sparse import squared_norm
-from tasks.supervised import require_positive, split_index
+from tasks.supervised import require_ends, require_positive, require_within, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PRNGKeyArray
@@ -82,11 +82,9 @@ def structured_regression(
     most = rows - 1 if structure == "total_variation" else groups
     if not 1 <= active <= most:
         raise ValueError(f"{family}: active, got {active}; valid: 1 to {most}.")
-    for name, got in {"noise": noise, "gradient_noise": gradient_noise}.items():
-        if not 0.0 <= got <= 1e6:
-            raise ValueError(f"{family}: {name}, got {got}; valid: 0 to 1e6.")
-    if not -8.0 <= log10_strength[0] <= log10_strength[1] <= 4.0:
-        raise ValueError(f"{family}: log10_strength, got {log10_strength}; valid: a range (low, high) in [-8, 4].")
+    require_within(family, "noise", noise, 0.0, 1e6)
+    require_within(family, "gradient_noise", gradient_noise, 0.0, 1e6)
+    require_ends(family, "log10_strength", log10_strength, -8.0, 4.0)
     columns = rows - 1 if structure == "total_variation" else groups * size
     shape = (groups, size) if structure == "group_l1" else (columns,)
     # Expected squares of b, a row; of coefficients that are all positive also the products of two columns.
@@ -145,34 +143,42 @@ def structured_regression(
         f"10^{log10_strength[0]:g} to 10^{log10_strength[1]:g}, gradient noise {gradient_noise:g})",
         init_loss=0.5 * (squares + rows * noise**2),
         deterministic=gradient_noise == 0.0,
-        composite=Composite(smooth, penalty, lambda phi: phi.lipschitz, PENALTIES[structure]),
+        composite=Composite(
+            smooth,
+            penalty,
+            lambda phi: phi.lipschitz,
+            PENALTIES[structure],
+            optimum=lambda phi, data: optimum(structure, shape, phi),
+        ),
     )
 
 
 # Certified optima
 
 
-def optimum(phi: Any, task: Task) -> certified.Optimum:
-    """Certified optima of instances, phi with a leading axis."""
-    structure = next(name for name in STRUCTURES if name in task.name)
-    shape = jax.eval_shape(task.init, jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], phi)).shape
-    found = [_optimum(structure, shape, *(np.asarray(leaf[k], float) for leaf in phi[:3])) for k in range(len(phi.b))]
-    return certified.Optimum(*(np.stack(field) for field in zip(*found, strict=True)))
+def optimum(structure: str, shape: tuple[int, ...], phi: Any) -> certified.Optimum:
+    """Certified optima of instances, phi with a leading axis: FISTA finds what is 0 or at a bound, Newton's method the
+    rest.
 
-
-def _optimum(structure: str, shape: tuple[int, ...], W: np.ndarray, b: np.ndarray, strength: Any) -> Any:
-    """Of one instance: FISTA finds what is 0 or at a bound, Newton's method the rest."""
+    Args:
+      structure: of STRUCTURES.
+      shape: of params.
+      phi: `Phi`, N of them.
+    """
     certify, prox, polish = SOLVERS[structure]
+    W, b, strength = (np.asarray(leaf, float) for leaf in phi[:3])
 
-    problem = Problem(W, b, float(strength), shape)
-    return certified.descend(
-        np.zeros(W.shape[1]),
-        lambda x: W.T @ (W @ x - b),
-        float(1 / np.linalg.norm(W, 2) ** 2),
-        lambda v, step: prox(problem, v, step),
-        lambda x: polish(problem, x),
-        lambda x: certify(problem, x),
+    def of(given: tuple[Any, ...]) -> Problem:
+        return Problem(given[0], given[1], float(given[2]), shape)
+
+    problem = certified.Composite(
+        gradient=lambda given, x: np.einsum("kmn,km->kn", given[0], np.einsum("kmn,kn->km", given[0], x) - given[1]),
+        prox=certified.one_by_one(lambda given, v, step: prox(of(given), v, step)),
+        polish=certified.one_by_one(lambda given, x: polish(of(given), x)),
+        certify=certified.one_by_one(lambda given, x: certify(of(given), x)),
     )
+    step = 1 / np.linalg.norm(W, 2, axis=(1, 2)) ** 2
+    return certified.descend(problem, (W, b, strength), np.zeros((len(W), W.shape[2])), step)
 
 
 class Problem(NamedTuple):

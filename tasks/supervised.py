@@ -95,6 +95,18 @@ def require_positive(family: str, argument: str, values: Sequence[int], *, least
         raise ValueError(f"{family}: {argument}, got {values}; valid: {count}positive integers.")
 
 
+def require_within(family: str, name: str, got: float, least: float, most: float) -> None:
+    """Refuse a number that is not in [least, most]."""
+    if not least <= got <= most:
+        raise ValueError(f"{family}: {name}, got {got}; valid: {least:g} to {most:g}.")
+
+
+def require_ends(family: str, name: str, got: Sequence[float], least: float, most: float) -> None:
+    """Refuse what is no range (low, high) in [least, most]."""
+    if len(got) != 2 or not least <= got[0] <= got[1] <= most:
+        raise ValueError(f"{family}: {name}, got {tuple(got)}; valid: a range (low, high) in [{least:g}, {most:g}].")
+
+
 def cross_entropy(logits: Float[Array, "B C"], y: Int[Array, " B"]) -> Float[Array, ""]:
     """Mean softmax cross-entropy in nats."""
     # A one-hot sum: under vmap on a CPU take_along_axis, whose gradient is a scatter, costs half a step more.

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from lopt.console import span
 
 ROOT = Path(__file__).parents[1]
+L2O = Path(__file__).parent / "fixtures/l2o.npz"
 SHARED = Path(os.environ.get("LOPT_SHARED", ROOT.parent / "shared"))
 
 # By the configuration and not by XLA_FLAGS, which subprocesses would inherit. Measured: 8 cost no time.
@@ -89,3 +91,9 @@ def pytest_sessionstart(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(Eta(reporter), "eta")
+
+
+@pytest.fixture(scope="session")
+def committed():
+    """Recordings of L2O-PA and of its instances, by `fixtures/make_l2o.py`."""
+    return dict(np.load(L2O))

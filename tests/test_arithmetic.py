@@ -247,7 +247,7 @@ def test_updates_are_the_references(name, steps):
 
 
 def test_every_rule_and_kind_of_tensor_is_compared():
-    recorded = {"l2o_dm", "l2o_pa", "rnnprop"}  # in float64, which is as good: tests/test_l2o.py
+    recorded = {"l2o_dm", "l2o_pa", "rnnprop"}  # in float64, which is as good: tests/test_l2o_parity.py
     assert {case.rule for case in CASES.values()} == set(REFERENCES) == set(rules.REGISTRY) - recorded
     assert {k for case in CASES.values() for k in case.tensors.split()} == set(SHAPES)
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from composite import RHO, TOYS, logistic
+from composite import lasso as squares
 
 import lopt
 import tasks
 from lopt import prox, proximal
 from meta_test import l2o_methods, l2o_problems, l2o_unrolled
-from tasks import lasso, logistic_l1, matrix_completion, structured_regression
+from tasks import certified, lasso, logistic_l1, matrix_completion, structured_regression
 
 FAST = {"xla_backend_optimization_level": 0}
 TASKS = {
@@ -38,7 +40,7 @@ def solved(name):
         own = family.rpartition(":")[2]
         task = tasks.make(family, **settings) if own == family else getattr(module, own)(**settings)
         phi = jax.vmap(task.sample)(jax.random.split(jax.random.key(3), 3))
-        return task, phi, module.optimum(jax.tree.map(np.asarray, phi), task)
+        return task, phi, task.composite.optimum(jax.tree.map(np.asarray, phi), task.data)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +201,48 @@ def test_shipped_weights_are_loaded_with_their_penalty():
     updates, state = jax.jit(tx.update)(W.T @ (W @ y - b), tx.init(y), y)
     assert jnp.isfinite(updates).all()
     assert l2o_methods.last(state, y).shape == (12,)
+
+
+def problem(z, names):
+    W, b = (np.stack([z[f"{name}/{field}"] for name in names]).astype(float) for field in ("W", "b"))
+    return W, b, np.array([z[f"{name}/f_star"] for name in names])
+
+
+@pytest.mark.parametrize(
+    ("smooth", "rho", "names"),
+    [
+        (certified.SQUARED, RHO, TOYS),
+        (certified.SQUARED, 0.01, ["lasso_oodcond_0"]),
+        (certified.LOGISTIC, RHO, ["logistic_small_0", "logistic_small_1"]),
+    ],
+    ids=["lasso", "ill-conditioned", "logistic"],
+)
+def test_optima_are_those_of_the_recording_and_certified(smooth, rho, names, committed):
+    W, b, best = problem(committed, names)
+    found = certified.minimum(smooth, W, b, rho)
+    np.testing.assert_allclose(found.value, best, rtol=1e-13)
+    assert (found.gap < 1e-13 * np.maximum(1, best)).all()
+    for name, x in zip(names, found.x, strict=True):
+        np.testing.assert_allclose(x, committed[f"{name}/x_star"], atol=1e-7)
+    # The gap bounds what is lost, and it knows a point that is not optimal.
+    other = certified.certify(smooth, W, b, rho, found.x + 0.01)
+    assert (other.value - best <= other.gap + 1e-12).all()
+    assert (other.gap > 1e-6).all()
+
+
+@pytest.mark.parametrize("family", ["lasso", "logistic_l1"])
+def test_instances_have_the_structure_they_say(family):
+    task = tasks.make(family, shift=(0.0, 0.3))
+    phi = task.sample(jax.random.key(0))
+    scale = 1.0 if family == "lasso" else 0.25 / len(phi.b)
+    assert float(phi.lipschitz) == pytest.approx(scale * np.linalg.norm(phi.W, 2) ** 2, rel=1e-4)
+    x = jax.random.normal(jax.random.key(1), (phi.W.shape[1],))
+    smooth = {"lasso": squares, "logistic_l1": logistic}[family](phi.W, phi.b, x)
+    assert float(task.composite.smooth(x, None, phi, 0 * x)) == pytest.approx(float(smooth), rel=1e-5)
+    whole = smooth + prox.l1(*task.composite.penalty(phi)).value(x)
+    assert float(task.loss(x, None, phi, 0 * x)) == pytest.approx(float(whole), rel=1e-5)
+    if family == "lasso":
+        np.testing.assert_allclose(jnp.linalg.norm(phi.W, axis=0), 1.0, rtol=1e-5)
+    for settings in ({"nonzeros": 999}, {"shift": (0.3, 0.1)}, {"rows": 0}, {"log10_strength": (0.0, 9.0)}):
+        with pytest.raises(ValueError, match=f"{family}: "):
+            tasks.make(family, **settings)

@@ -17,6 +17,7 @@ Differs from the paper: x starts at the parameters rather than at 0, and so does
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,7 +166,8 @@ def l2o_pa(
         (trunk,), (heads,) = init_mlp(trunk_key, (hidden, hidden)), init_mlp(heads_key, (hidden, len(parts)))
         return Theta(init_lstm(lstm_key, 2, hidden), trunk, heads)
 
-    def init_leaf(leaf, p):
+    def init_leaf(r, leaf, p):
+        r.check(leaf.shape, f"lopt.rules.l2o_pa: {leaf.path or 'params'}")
         memory = jnp.zeros((2 * LAYERS * hidden, *p.shape), p.dtype)
         return Iterate(p, memory, jnp.zeros_like(p) if "b" in parts else ())
 
@@ -186,7 +188,7 @@ def l2o_pa(
             tensor = tensor._replace(cut=None)
 
         def direction(g, y, state, _):
-            step = SAFE / lipschitz
+            step = jnp.asarray(SAFE / lipschitz, y.dtype)
             use, memory = said(theta, g, y, state.memory)
             # One metric for the gradient and the operator, or a fixed point would be no minimum.
             metric = r.pooled(step * use["p"] * jnp.ones_like(y))
@@ -211,7 +213,7 @@ def l2o_pa(
             "l2o_pa",
             settings,
             init_theta,
-            lambda theta: Arithmetic(init_leaf, update, theta),
+            lambda theta: Arithmetic(functools.partial(init_leaf, theta[2]), update, theta),
         ).bind((theta, lipschitz, r), **options)
         return bound if "b" not in parts else _told_gradients_at_x(bound)
 
@@ -233,11 +235,13 @@ def solution(state: State) -> Any:
 
 
 def solution_of(state: State, params: Any) -> Any:
-    """The same in the shapes of params, those of scalars too; params where the rule keeps no x."""
-    held = jax.tree.leaves(state.leaves, is_leaf=lambda leaf: isinstance(leaf, Iterate))
-    if not all(isinstance(leaf, Iterate) for leaf in held):
+    """The same in the shapes of params, those of scalars too; params where the rule keeps no x, or does nothing."""
+    leaves, treedef = jax.tree.flatten(params)
+    held = treedef.flatten_up_to(state.leaves)  # None of a tensor that is frozen or empty
+    if not all(leaf is None or isinstance(leaf, Iterate) for leaf in held):
         return params
-    return jax.tree.map(lambda x, p: x.reshape(jnp.shape(p)), solution(state), params)
+    x = [p if leaf is None else leaf.x.reshape(jnp.shape(p)) for leaf, p in zip(held, leaves, strict=True)]
+    return treedef.unflatten(x)
 
 
 def _told_gradients_at_x(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
@@ -248,12 +252,11 @@ def _told_gradients_at_x(tx: optax.GradientTransformationExtraArgs) -> optax.Gra
             raise ValueError(
                 "lopt.rules.l2o_pa: forms with b need ∇f at x; call tx.update(grads, state, params, grad_fn=)."
             )
-        at_x = jax.tree.map(
-            lambda leaf, g: leaf._replace(gradient=g.astype(leaf.x.dtype).reshape(leaf.x.shape)),
-            state.leaves,
-            grad_fn(solution_of(state, params)),
-            is_leaf=lambda leaf: isinstance(leaf, Iterate),
-        )
-        return tx.update(updates, state._replace(leaves=at_x), params, **extra)
+        gradients, treedef = grad_fn(solution_of(state, params)), jax.tree.structure(params)
+        at_x = [
+            leaf if leaf is None else leaf._replace(gradient=g.astype(leaf.x.dtype).reshape(leaf.x.shape))
+            for leaf, g in zip(treedef.flatten_up_to(state.leaves), treedef.flatten_up_to(gradients), strict=True)
+        ]
+        return tx.update(updates, state._replace(leaves=treedef.unflatten(at_x)), params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
