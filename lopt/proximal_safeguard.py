@@ -112,7 +112,9 @@ def safeguard(
             leaving = state.learning & ~on
             moved = where(on, theirs, where(leaving, back, ours))
             of_plain = where(leaving | on, plain.init(best), of_plain)
-            x = where(on, last(of_learned, jax.tree.map(jnp.add, params, theirs)), last(of_plain, params))
+            followed = last(of_learned, jax.tree.map(jnp.add, params, theirs))
+            followed = jax.tree.map(lambda x, y: x.astype(y.dtype), followed, params)  # rules keep float32 of bfloat16
+            x = where(on, followed, last(of_plain, params))
             return moved, State(state.count + 1, on, since, first, least, best, of_learned, of_plain, x)
 
         def after(_: None) -> tuple[Any, State]:

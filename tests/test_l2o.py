@@ -12,6 +12,7 @@ from composite import PENALTIES
 import lopt
 import tasks
 from lopt import prox, proximal, rules
+from lopt.proximal_safeguard import safeguard
 from lopt.rules import l2o_pa
 from meta_train.inner import Horizon, make_inner
 from tasks import augment
@@ -97,3 +98,88 @@ def test_an_inner_step_gives_each_rule_its_gradient(name):
         y = optax.apply_updates(y, updates)
         np.testing.assert_allclose(particle.params, y, rtol=1e-4, atol=1e-6)
         assert float(value) == pytest.approx(float(task.loss(y, None, phi, 0 * y)), rel=1e-4)
+
+
+def test_forms_with_b_pass_over_what_is_frozen_or_empty():
+    rule = rules.make("l2o_pa", form="PBA", hidden=4)
+    theta = rule.init_theta(jax.random.key(0))
+    params = {"none": None, "empty": jnp.zeros((0, 3)), "w": jnp.array([0.5, -1.0]), "frozen": jnp.ones(2)}
+    labels = lambda path, leaf: "freeze" if path == "frozen" else None  # noqa: E731
+
+    def gradient(p):
+        return jax.tree.map(lambda x: 0.3 * x + 0.1, p)
+
+    def path(params, labels=None):
+        tx = rule.bind(theta, prox=prox.l1(0.1), lipschitz=2.0, labels=labels)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(gradient(params), state, params, grad_fn=gradient)
+            params = optax.apply_updates(params, updates)
+        return params, l2o_pa.solution_of(state, params)
+
+    moved, x = path(params, labels)
+    alone, x_alone = path({"w": params["w"]})
+    np.testing.assert_array_equal(moved["w"], alone["w"])
+    np.testing.assert_array_equal(x["w"], x_alone["w"])
+    for tree in (moved, x):
+        np.testing.assert_array_equal(tree["frozen"], params["frozen"])
+        assert tree["none"] is None
+        assert tree["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["l2o_pa", "fista", "safeguard", "adam_hd"])
+def test_a_traced_constant_leaves_low_precision_as_it_is(name):
+    """A scan refuses a state that changes its type."""
+    rule = rules.make("l2o_pa", hidden=4)
+    theta = rule.init_theta(jax.random.key(0))
+
+    def run(lipschitz):
+        given = {"prox": prox.l1(0.1 * lipschitz), "lipschitz": lipschitz}
+        tx = {
+            "l2o_pa": lambda: rule.bind(theta, **given),
+            "fista": lambda: proximal.fista(**given, restart="function"),
+            "safeguard": lambda: safeguard(rule.bind(theta, **given), **given, steps=2),
+            "adam_hd": lambda: proximal.adam_hd(lr=0.1),
+        }[name]()
+        y = jnp.ones(3, jnp.bfloat16)
+
+        def step(carry, _):
+            y, state = carry
+            updates, state = tx.update(y - 2, state, y, value_fn=lambda x: jnp.sum((x - 2) ** 2))
+            return (optax.apply_updates(y, updates), state), updates
+
+        (y, _), updates = jax.lax.scan(step, (y, tx.init(y)), None, length=4)
+        return y, updates
+
+    y, updates = jax.jit(run)(jnp.float32(1.5))
+    assert y.dtype == updates.dtype == jnp.bfloat16
+    assert bool(jnp.all(y > 1.0))
+
+
+def test_penalties_refuse_tensors_that_they_are_not_defined_for():
+    params = {"m": jnp.ones((2, 3)), "v": jnp.ones(3)}
+    rule = rules.make("l2o_pa", hidden=4)
+    theta = rule.init_theta(jax.random.key(0))
+    nuclear, wide = prox.nuclear(0.1), prox.group_l1(0.1, axis=1)
+    for make in (
+        lambda r: proximal.fista(lipschitz=1.0, prox=r),
+        lambda r: rule.bind(theta, prox=r),
+        lambda r: safeguard(rule.bind(theta), prox=r, lipschitz=1.0),
+        lambda r: proximal.admm(prox_f=lambda v, step: v, prox=r),
+    ):
+        with pytest.raises(ValueError, match=r"v: nuclear of shape \(3,\); valid: a matrix"):
+            make(nuclear).init(params)
+        with pytest.raises(ValueError, match=r"v: group_l1 along axis 1 of shape \(3,\)"):
+            make(wide).init(params)
+        make(nuclear).init({"m": params["m"]})
+    with pytest.raises(ValueError, match=r"simplex of shape \(2, 3\); valid: a vector"):
+        prox.simplex().apply(params["m"], 1.0)
+
+
+def test_a_proximal_rule_is_refused_where_nothing_is_known_of_the_loss():
+    rule = rules.make("l2o_pa", hidden=4)
+    for task in (tasks.make("quadratic"), tasks.make("lasso", augment=[("scale_loss", {"decades": 1})])):
+        with pytest.raises(ValueError, match=r"rule l2o_pa on .+; valid: a task with `composite` \(lasso"):
+            make_inner(rule, task, horizon=Horizon(9, 9))
+    for family in ("lasso", "logistic_l1", "structured_regression", "matrix_completion"):  # as the message says
+        assert tasks.make(family).composite is not None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from composite import classical
 
+import lopt
 from lopt import prox, proximal
 from meta_test import cli, l2o_methods, l2o_problems
 from meta_test import l2o as judge
@@ -39,23 +40,69 @@ def test_gaps_are_those_of_the_methods_own_iterates(few):
         assert (quick < slow).all()
 
 
-def test_what_is_tuned_is_the_best_of_its_grid(few):
+def test_what_is_tuned_is_the_best_of_its_grid_at_each_k(few, monkeypatch):
+    monkeypatch.setattr(l2o_methods, "TUNED_AT", (3, 30))
     with jax.enable_x64(True):
         task, instances = few
-        methods = l2o_methods.classical(judge.PROBLEMS["lasso"])
-        method = methods["momentum, tuned"]._replace(grid={"a": (0.3, 0.8, 0.95)})
-        (chosen,) = l2o_methods.tune(task, method, instances).values()
-        found = [
-            l2o_methods.gaps(task, method, instances, [judge.TUNED_AT], a=a)[0, -1].mean() for a in (0.3, 0.8, 0.95)
-        ]
-        assert chosen == method.grid["a"][int(np.argmin(found))]
-        assert l2o_methods.tune(task, methods["ISTA"], instances) == {}
+        methods, values = l2o_methods.classical(judge.PROBLEMS["lasso"]), (0.0, 0.5, 0.9)
+        method = methods["momentum"]._replace(grid={"a": values})
+        chosen = l2o_methods.tune(task, method, instances)
+        found = np.array([l2o_methods.gaps(task, method, instances, [3, 30], a=a)[0].mean(1) for a in values])
+        assert chosen == {k: {"a": values[i]} for k, i in zip((3, 30), np.argmin(found, 0), strict=True)}
+        assert l2o_methods.tune(task, methods["ISTA"], instances) == {0: {}}
+        # What is level, at the floor of gaps, is not told by the order of the grid.
+        monkeypatch.setattr(l2o_methods, "FLOOR", 10.0)
+        monkeypatch.setattr(l2o_methods, "TUNED_AT", (0, 3))
+        assert l2o_methods.tune(task, method, instances)[3] == {"a": 0.0}
+    for a, edge in ((0.0, False), (0.5, False), (0.9, True)):
+        assert l2o_methods.at_edge(method, {"a": a}) == edge
+
+
+def test_a_rule_that_asks_for_gradients_at_x_is_entered(tmp_path, few):
+    rule = lopt.rules.make("l2o_pa", form="PBA", hidden=4)
+    lopt.save(tmp_path / "a", rule, rule.init_theta(jax.random.key(0)), provenance={}, card="x")
+    with jax.enable_x64(True):
+        task, instances = few
+        for method in l2o_methods.learned(str(tmp_path / "a")).values():
+            found = l2o_methods.gaps(task, method, instances, [0, 5])
+            assert np.isfinite(found).all()
+            assert (found[:, 1] < found[:, 0]).all()
+    other = lopt.rules.make("velo")
+    lopt.save(tmp_path / "b", other, other.init_theta(jax.random.key(0)), provenance={}, card="x")
+    with pytest.raises(ValueError, match="velo, which needs num_steps, value; valid: at most grad_fn"):
+        l2o_methods.learned(str(tmp_path / "b"))
+
+
+def test_what_is_of_fewer_instances_is_not_compared():
+    """Of three instances the first alone at k = 1,000: that number says so and is not bold, though the least."""
+    at, few_of = (10, 50, 100, 1000), np.full((2, 4, 3), 1e-3)
+    few_of[:, 3, 1:] = np.nan
+    few_of[:, 3, 0] = 1e-9
+    results = [
+        judge.Result("learned", "set", "", at, few_of),
+        judge.Result("FISTA, tuned for 10", "set", "a 0.9, an end of its grid", at, np.full((2, 4, 3), 1e-2)),
+    ]
+    record = {
+        "command": "x",
+        "sets": {"set": {"instances": 3, "certified_to": 1e-15}},
+        "constrained": False,
+        "tuned": [["set", "FISTA, tuned for 10", "a 0.9, an end of its grid"]],
+        "safeguard_steps": 10,
+        "rows": [],
+    }
+    page = judge.as_markdown(record, results)
+    learned, fista = (line for line in page.splitlines() if line.startswith(("| learned", "| FISTA")))
+    assert "| 1.0e-09 ± inf / 1e-09 (1 instances) |" in learned
+    assert "**1.0e-03" in learned.split("|")[2]
+    assert "**1.0e-02" in fista.split("|")[5]
+    assert "a 0.9, an end of its grid" in page
+    assert {row["count"] for row in judge.rows(results) if row["method"] == "learned"} == {1, 3}
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     monkeypatch.setattr(judge, "KS", (1, 2, 3, 5))
-    monkeypatch.setattr(judge, "unrolled", lambda problem, cache: {})
+    monkeypatch.setattr(judge, "unrolled", lambda problem, sets, cache: {})
     sets = {"5x8": l2o_problems.Set({"rows": 5, "columns": 8, "nonzeros": 2}, 3), "other": l2o_problems.Set({})}
     monkeypatch.setitem(judge.PROBLEMS, "lasso", judge.PROBLEMS["lasso"]._replace(sets=sets))
     monkeypatch.setattr(

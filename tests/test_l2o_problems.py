@@ -16,6 +16,7 @@ import tasks
 from lopt import prox, proximal
 from meta_test import l2o_methods, l2o_problems, l2o_unrolled
 from tasks import certified, lasso, logistic_l1, matrix_completion, structured_regression
+from tasks.sparse import squared_norm
 
 FAST = {"xla_backend_optimization_level": 0}
 TASKS = {
@@ -23,6 +24,7 @@ TASKS = {
     "nonnegative": ("structured_regression", {"rows": 16, "groups": 4, "size": 2, "active": 2, "noise": 0.3}),
     "total_variation": ("structured_regression", {"rows": 20, "log10_strength": (-0.3, 0.0)}),
     "matrix_completion": ("matrix_completion", {"rows": 6, "columns": 5, "log10_strength": (-0.5, 0.0)}),
+    "elastic_net": ("lasso", {"rows": 6, "columns": 12, "nonzeros": 3, "l2": 0.2}),
     "patches": ("tasks.lasso:patches", {"atoms": 32}),
     "table": ("tasks.logistic_l1:table", {}),
 }
@@ -138,6 +140,9 @@ def test_a_table_of_ones_own(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=says):
             logistic_l1.table(data=str(path))
+    path.write_bytes("1,2,ä\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mine.csv at byte 4 is not UTF-8"):
+        logistic_l1.table(data=str(path))
     with pytest.raises(ValueError, match="valid: a CSV file, or breast_cancer"):
         logistic_l1.table(data="no such file")
 
@@ -246,3 +251,23 @@ def test_instances_have_the_structure_they_say(family):
     for settings in ({"nonzeros": 999}, {"shift": (0.3, 0.1)}, {"rows": 0}, {"log10_strength": (0.0, 9.0)}):
         with pytest.raises(ValueError, match=f"{family}: "):
             tasks.make(family, **settings)
+
+
+def test_constants_are_never_from_below():
+    """Where the power method fails: what it begins with has nothing of the first singular vector."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (12, 20))
+    left[:, 0] = np.resize([1, -1], 12) / 12**0.5
+    left = np.linalg.qr(left)[0]
+    for second in (0.9, 0.999, 1.0):
+        values = np.r_[1.0, second, np.linspace(0.5, 0.1, 10)]
+        W = left @ (values[:, None] * right[:12])
+        bound = jax.jit(squared_norm, compiler_options=FAST)
+        for dtype, least in ((np.float32, 1e-3), (np.float64, 4e-4)):
+            with jax.enable_x64(dtype == np.float64):
+                for matrix in (W, W.T, 1e-3 * W, 1e4 * W):
+                    true = np.linalg.norm(matrix.astype(dtype).astype(float), 2) ** 2
+                    assert true <= float(bound(jnp.asarray(matrix, dtype))) <= true * (1 + least)
+    assert float(squared_norm(jnp.zeros((2, 3)))) == 0.0
+    phi = jax.vmap(tasks.make("lasso").sample)(jax.random.split(jax.random.key(5), 64))
+    assert (phi.lipschitz >= np.linalg.norm(np.asarray(phi.W, float), 2, axis=(1, 2)) ** 2).all()
