@@ -65,7 +65,8 @@ def safeguard(
       learned: the optimizer; its updates may be anything, also not finite.
       lipschitz: L, the Lipschitz constant of ∇f, a number or traced.
       prox: r, None for 0.
-      steps: updates after which FISTA takes over; what the shipped weights were meta-trained on.
+      steps: updates after which FISTA takes over: what the shipped weights were meta-trained on, or fewer where they
+        gain little later (10 on logistic regression, docs/l2o.md).
       patience: updates without a new least residual after which it does so before.
 
     Returns:

@@ -96,8 +96,14 @@ def l2o(args: argparse.Namespace) -> int:
         methods: dict[str, Method] = {}
         for source in (one for one in args.optimizers.split(",") if one):
             methods |= learned(source, problem.steps)
-        methods |= unrolled(problem, sets, args.cache) | classical(problem)
-        results, drawn = compare(problem, methods, sets, args)
+        wanted = [word.strip() for word in args.rows.split(";") if word.strip()]
+        if not wanted or any("LISTA" in word for word in wanted):  # which would be trained first
+            methods |= unrolled(problem, sets, args.cache)
+        methods |= classical(problem)
+        kept = {name: method for name, method in methods.items() if not wanted or any(word in name for word in wanted)}
+        if not kept:
+            raise unknown("lopt-eval l2o", "row", args.rows, methods)
+        results, drawn = compare(problem, kept, sets, args)
     record = {
         "command": args.written,
         "machine": machine(),

@@ -17,7 +17,7 @@ from lopt import base, prox, proximal
 from lopt.proximal_safeguard import last, safeguard
 from meta_test import l2o_unrolled
 from meta_test.l2o_problems import FLOOR, PATCHES, Instances, Problem
-from tasks import lasso
+from tasks import lasso, logistic_l1
 from tasks.base import Task
 
 if TYPE_CHECKING:
@@ -73,6 +73,13 @@ def classical(problem: Problem) -> dict[str, Method]:
     }
     if problem.constrained:  # a set has no subgradients
         methods = {name: method for name, method in methods.items() if method.proximal}
+    if problem.family == "logistic_l1":
+
+        def soft(one: Instance) -> dict[str, Any]:
+            return {"lipschitz": logistic_l1.paper_lipschitz(one.held.W), "prox": one.prox}
+
+        methods["ISTA, the paper's constant"] = Method(lambda one: proximal.ista(**soft(one)))
+        methods["FISTA, the paper's constant"] = Method(lambda one: proximal.fista(**soft(one)))
     if problem.family == "lasso":
 
         def solve(phi: Any, step: float) -> Callable[[Any, Any], Any]:

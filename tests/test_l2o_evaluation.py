@@ -131,3 +131,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(TypeError):
         cli.main([*words, "--seed", "5"])
     assert cli.main([*words, "--sets", "6x8"]) == 2
+    assert cli.main([*words, "--rows", "IST A"]) == 2
+    assert cli.main([*words, "--rows", "FISTA, gr; ISTA"]) == 0

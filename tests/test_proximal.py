@@ -11,6 +11,7 @@ from composite import PENALTIES, RHO, classical, lasso, logistic
 
 from lopt import prox, proximal
 from lopt.proximal_safeguard import safeguard
+from tasks.logistic_l1 import paper_lipschitz
 
 
 @pytest.mark.parametrize("name", ["lasso_toy_0", "lasso_oodcond_0", "logistic_small_0"])
@@ -32,6 +33,18 @@ def test_true_constants_are_what_the_recordings_used(committed):
         norm = np.linalg.norm(W, 2)
         true, key = (norm**2, "step") if name.startswith("lasso") else (norm**2 / (4 * len(W)), "step_trueL")
         assert proximal.SAFE / true == pytest.approx(float(committed[f"{name}/{key}"]), rel=1e-6)
+
+
+def test_the_papers_constant_is_the_norm_and_not_its_square(committed):
+    with jax.enable_x64(True):
+        z = {key.split("/")[1]: x for key, x in committed.items() if key.startswith("logistic_small_0/")}
+        W, b, r = z["W"].astype(float), z["b"].astype(float), prox.l1(float(z["rho"]))
+        soft = paper_lipschitz(jnp.asarray(W))
+        assert proximal.SAFE / float(soft) == pytest.approx(float(z["step"]), rel=1e-6)
+        tx = proximal.ista(lipschitz=proximal.SAFE / float(z["step"]), prox=r)
+        objective, _ = classical(tx, W, b, r, 200, logistic)
+        np.testing.assert_allclose(objective, z["ista_obj"], rtol=1e-12, atol=1e-12)
+        assert objective[-1] > z["ista_trueL_obj"][-1]  # it is behind
 
 
 @pytest.mark.parametrize("restart", ["gradient", "function"])
