@@ -136,7 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-L2O = ("lasso", "logistic", "group_lasso", "nnls", "total_variation", "matrix_completion")  # of l2o_problems
+L2O = (
+    "lasso",
+    "logistic",
+    "elastic_net",
+    "group_lasso",
+    "nnls",
+    "total_variation",
+    "matrix_completion",
+)  # of l2o_problems
 _AFTER = dict.fromkeys(("run", "tune"), "the same command resumes at the next cell")
 
 

@@ -136,12 +136,14 @@ def unrolled(problem: Problem, names: Sequence[str], cache: Path | None) -> dict
 
     first = next(iter(problem.sets))
     if first in names:
-        task = tasks.make("lasso", **problem.sets[first].settings)
+        with jax.enable_x64(False):  # as it is trained
+            task = tasks.make("lasso", **problem.sets[first].settings)
         rows = jax.eval_shape(task.sample, jax.random.key(0)).W.shape[0]
         method("Ada-LISTA", task, lambda phi: hasattr(phi, "W") and phi.W.shape[1] == rows)
     for name in names:
         if problem.sets[name].family == PATCHES:
-            own = tasks.make(PATCHES, **problem.sets[name].settings, split="train")
+            with jax.enable_x64(False):
+                own = tasks.make(PATCHES, **problem.sets[name].settings, split="train")
             method("LISTA", own, lambda phi: isinstance(phi, lasso.Patch))
     return methods
 

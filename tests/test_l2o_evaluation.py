@@ -100,6 +100,7 @@ def test_what_is_of_fewer_instances_is_not_compared():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
+    assert tuple(judge.PROBLEMS) == cli.L2O
     monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     monkeypatch.setattr(judge, "KS", (1, 2, 3, 5))
     monkeypatch.setattr(judge, "unrolled", lambda problem, sets, cache: {})
