@@ -112,6 +112,13 @@ def _suite_parsers(commands: Any) -> None:
     l2o.add_argument("--optimizers", default="", metavar="A,B", help="shipped names or folders of artifacts")
     l2o.add_argument("--rows", default="", metavar="A;B", help="methods whose names hold one of these (default: all)")
     l2o.add_argument("--instances", type=int, default=1024, metavar="N", help="a set at most (default: %(default)s)")
+    l2o.add_argument(
+        "--far",
+        type=int,
+        default=32,
+        metavar="N",
+        help="instances of learned rules beyond k = 100 (default: %(default)s)",
+    )
     l2o.add_argument("--seed", type=int, default=0, metavar="S", help="of the instances (default: %(default)s)")
     l2o.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
 

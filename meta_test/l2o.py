@@ -21,7 +21,7 @@ import numpy as np
 
 from lopt.base import unknown
 from meta_test import drawing
-from meta_test.l2o_methods import FAR, NEAR, Method, at_edge, classical, curves, learned, tune, unrolled
+from meta_test.l2o_methods import NEAR, Method, at_edge, classical, curves, learned, tune, unrolled
 from meta_test.l2o_problems import FLOOR, PROBLEMS, Instances, Problem, Set, draw, home
 from meta_test.report import dump, machine, write
 
@@ -95,7 +95,7 @@ def l2o(args: argparse.Namespace) -> int:
     with jax.enable_x64(True):
         methods: dict[str, Method] = {}
         for source in (one for one in args.optimizers.split(",") if one):
-            methods |= learned(source, problem.steps)
+            methods |= learned(source, problem.steps, args.far)
         wanted = [word.strip() for word in args.rows.split(";") if word.strip()]
         if not wanted or any("LISTA" in word for word in wanted):  # which would be trained first
             methods |= unrolled(problem, sets, args.cache)
@@ -111,6 +111,7 @@ def l2o(args: argparse.Namespace) -> int:
         "constrained": problem.constrained,
         "tuned": [[result.instances, result.method, result.tuned] for result in results if result.tuned],
         "safeguard_steps": problem.steps,
+        "far": args.far,
         "rows": rows(results),
     }
     page = as_markdown(record, results)
@@ -164,8 +165,8 @@ def as_markdown(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         "",
         f"Mean ± half of its 95 % interval / median over instances, floored at {FLOOR:g}; made by "
         f"`{record['command']}`. Numbers of fewer instances than the others of a table say so, and are not compared: "
-        f"learned rules without the safeguard are run on the first {FAR} alone beyond k = {NEAR:,}. With it they hand "
-        f"over after {record['safeguard_steps']} steps at the latest.",
+        f"learned rules without the safeguard are run on the first {record['far']} alone beyond k = {NEAR:,}. With it "
+        f"they hand over after {record['safeguard_steps']} steps at the latest.",
     ]
     for name, about in record["sets"].items():
         here = [result for result in results if result.instances == name]

@@ -94,7 +94,7 @@ def classical(problem: Problem) -> dict[str, Method]:
     return methods
 
 
-def learned(source: str, steps: int = 100) -> dict[str, Method]:
+def learned(source: str, steps: int = 100, far: int = FAR) -> dict[str, Method]:
     """A meta-trained rule, untuned, and with the safeguard, which hands over after so many steps at the latest.
 
     Raises ValueError or OSError for no artifact.
@@ -107,13 +107,13 @@ def learned(source: str, steps: int = 100) -> dict[str, Method]:
             "grad_fn."
         )
     if not base.proximal(rule):
-        return {label: Method(lambda one: rule.bind(theta), proximal=False, far=FAR)}
+        return {label: Method(lambda one: rule.bind(theta), proximal=False, far=far)}
 
     def bound(one: Instance) -> optax.GradientTransformationExtraArgs:
         return rule.bind(theta, prox=one.prox, lipschitz=one.lipschitz)
 
     return {
-        label: Method(bound, far=FAR),
+        label: Method(bound, far=far),
         f"{label}, safeguarded": Method(
             lambda one: safeguard(bound(one), prox=one.prox, lipschitz=one.lipschitz, steps=steps),
         ),

@@ -88,6 +88,7 @@ def test_what_is_of_fewer_instances_is_not_compared():
         "constrained": False,
         "tuned": [["set", "FISTA, tuned for 10", "a 0.9, an end of its grid"]],
         "safeguard_steps": 10,
+        "far": 1,
         "rows": [],
     }
     page = judge.as_markdown(record, results)
