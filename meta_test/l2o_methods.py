@@ -89,7 +89,7 @@ def classical(problem: Problem) -> dict[str, Method]:
 
         methods["ADMM"] = Method(
             lambda one, step: proximal.admm(prox_f=solve(one.held, step), prox=one.prox, step=step),
-            grid={"step": (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)},
+            grid={"step": (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1e3)},
         )
     return methods
 
