@@ -94,10 +94,11 @@ class Compiled:
     def memory_analysis(self) -> Memory | None:
         """State and data of all, and temporary memory of the largest: they take turns."""
         each = [one.memory_analysis() for one in (*self._parts, self._meet)]
-        if any(one is None for one in each):
+        known = [one for one in each if one is not None]
+        if len(known) < len(each):
             return None
-        held = sum(one.argument_size_in_bytes for one in each[:-1])
-        return Memory(held, max(one.temp_size_in_bytes for one in each))
+        held = sum(one.argument_size_in_bytes for one in known[:-1])
+        return Memory(held, max(one.temp_size_in_bytes for one in known))
 
     def __call__(self, data: Sequence[Any], state: Any) -> tuple[Any, Any]:
         turn, found, after = FIRST, [], []
