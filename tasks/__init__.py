@@ -212,7 +212,7 @@ def sample_settings(family: str, seed: int) -> dict[str, Any]:
 
     Drawn on the host, since they change shapes; from the family's `SPACE`, which names no data that is held out but may
     name data of DEV, on which nothing shipped is meta-trained: fix `data` for that, as in
-    `sample_family("tabular_regression", seed, data="wine")`.
+    `sample_family("cnn", seed, data="digits", size=8)`.
 
     Raises ValueError for an unknown family, one without a `SPACE`, and a seed that is not a natural number.
     """

@@ -63,8 +63,7 @@ def tabular_regression(
     """Regression of one number by an MLP; phi holds the data set and the init scales.
 
     Args:
-      data: diabetes, which is one of DEV's, or wine, of which the first column (alcohol) is predicted from the other
-        twelve and which may be meta-trained on.
+      data: diabetes, or wine, of which the first column (alcohol) is predicted from the other twelve.
       hidden: widths; () is linear regression.
       batch_size: B; batches are x [B, features] and y [B], both z-scored over the training split.
       activation: relu (He init), gelu, silu or tanh (LeCun init); the output layer has half LeCun's standard deviation.

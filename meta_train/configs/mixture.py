@@ -1,4 +1,4 @@
-"""Images, tables and text in one run, with horizons that grow: an example of groups and stages.
+"""Images, noisy quadratics and text in one run, with horizons that grow: an example of groups and stages.
 
     lopt-train mixture
     lopt-train mixture --dry-run        # what it would take here, stage by stage
@@ -16,7 +16,7 @@ RUN = Run(
     rule="tiny",
     groups=(
         Group("image_mlp", {"data": ["digits", "mnist5k"], "size": 8, "hidden": [32], "log10_init_scale": 0.5}, 2.0),
-        Group("tabular_regression", {"data": "wine", "hidden": [32, 32], "batch_size": 32}),
+        Group("quadratic", {"dim": 32, "spectrum": "clusters", "condition": 1000.0}),
         Group("rnn_lm", {"data": "kjv", "width": 16, "embedding": 8, "length": 8, "batch_size": 8}),
     ),
     estimator=Estimator(pairs=8, std=0.01, truncation=20),
