@@ -10,6 +10,21 @@ import jax
 from tasks import REGISTRY, make
 from tasks.space import Choice, Distribution, Widths
 
+# Families whose SPACE has no `loss`, and the one that they have.
+ONE_LOSS = {
+    "es": "the other family's",
+    "lasso": "squares and an l1 penalty, by definition",
+    "logistic_l1": "logistic and an l1 penalty, by definition",
+    "logistic_regression": "cross-entropy, by definition",
+    "matrix_completion": "squares and a nuclear norm, by definition",
+    "policy_gradient": "minus the return",
+    "quadratic": "the quadratic",
+    "rnn_lm": "cross-entropy of the next character",
+    "structured_regression": "squares and the structure's penalty",
+    "synthetic": "the function",
+    "transformer_lm": "cross-entropy of the next character",
+}
+
 
 def table() -> str:
     """Markdown: of each family the settings that a seed draws, by its SPACE, and the parts of phi that a key draws."""
@@ -19,7 +34,9 @@ def table() -> str:
     ]
     for family, module in sorted(REGISTRY.items()):
         space = importlib.import_module(module).SPACE
-        lines.append(f"| `{family}` | {'; '.join(map(_setting, space.items()))} | {_phi(family)} |")
+        settings = [_setting(entry) for entry in space.items()]
+        settings += [f"one loss: {ONE_LOSS[family]}"] if "loss" not in space else []
+        lines.append(f"| `{family}` | {'; '.join(settings)} | {_phi(family)} |")
     return "\n".join(lines)
 
 

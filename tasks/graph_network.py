@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tasks.base import Source, Split, Task
-from tasks.space import INIT, Choice, LogInt, Widths
-from tasks.supervised import activation_named, cross_entropy, init_layers, require_positive, split_index
+from tasks.space import CLASSIFICATION, INIT, Choice, LogInt, Widths
+from tasks.supervised import CLASSIFICATION_LOSSES, activation_named, init_layers, require_positive, split_index
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -32,6 +32,7 @@ SPACE = {
     "activation": Choice(("relu", "tanh", "silu")),
     "batch_size": LogInt(8, 64),
     "log10_init_scale": INIT,
+    "loss": CLASSIFICATION,
 }
 # Node: its friends of higher number.
 KARATE = """
@@ -105,8 +106,9 @@ def graph_network(
     activation: str = "relu",
     batch_size: int = 32,
     log10_init_scale: float = 0.0,
+    loss: str = "cross_entropy",
 ) -> Task:
-    """Softmax classification of nodes whose labels are known for a part: the graph is whole, the splits are of nodes.
+    """Classification of nodes whose labels are known for a part: the graph is whole, the splits are of nodes.
 
     Args:
       graph: karate_club or block_model, see `load`.
@@ -114,6 +116,7 @@ def graph_network(
       activation: relu (He init), gelu, silu or tanh (LeCun init).
       batch_size: B nodes of the split, drawn with replacement.
       log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
+      loss: cross_entropy in nats, or squared: the squared distance of logits and one-hot labels.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -123,6 +126,8 @@ def graph_network(
     require_positive("graph_network", "batch_size", [batch_size])
     if not 0.0 <= log10_init_scale < math.inf:
         raise ValueError(f"graph_network: log10_init_scale, got {log10_init_scale}; valid: a finite number ≥ 0.")
+    if loss not in CLASSIFICATION_LOSSES:
+        raise ValueError(f"graph_network: loss, got {loss!r}; valid: {', '.join(CLASSIFICATION_LOSSES)}.")
     activate, gain = activation_named("graph_network", activation)
     held, classes, stops, source = load(graph)
     widths = (held.features.shape[1], *hidden, classes)
@@ -148,22 +153,23 @@ def graph_network(
             x = activate(x) if index + 1 < len(shapes) else x
         return x[batch.node]
 
-    def loss(params: Params, key: PRNGKeyArray, phi: Phi, batch: Batch) -> Float[Array, ""]:
-        return cross_entropy(logits(params, batch), batch.graph.label[batch.node])
+    def objective(params: Params, key: PRNGKeyArray, phi: Phi, batch: Batch) -> Float[Array, ""]:
+        return CLASSIFICATION_LOSSES[loss](logits(params, batch), batch.graph.label[batch.node])
 
     def metrics(params: Params, key: PRNGKeyArray, phi: Phi, batch: Batch) -> dict[str, Array]:
         return {"accuracy": jnp.mean(jnp.argmax(logits(params, batch), axis=-1) == batch.graph.label[batch.node])}
 
+    other = "" if loss == "cross_entropy" else f", {loss} loss"
     spread = f", init 10^±{log10_init_scale:g}" if log10_init_scale else ""
     return Task(
         data=jax.tree.map(jnp.asarray, held),
         sample=sample,
         init=lambda key, phi: init_layers(key, shapes, phi.scale, gain),
         batch=batch,
-        loss=loss,
+        loss=objective,
         metrics=metrics,
         eval_batches=eval_batches,
-        name=f"graph_network({graph}, {'-'.join(map(str, hidden))}, {activation}, batch {batch_size}{spread})",
+        name=f"graph_network({graph}, {'-'.join(map(str, hidden))}, {activation}, batch {batch_size}{other}{spread})",
         provenance=(source,),
-        init_loss=None if log10_init_scale else math.log(classes),
+        init_loss=None if log10_init_scale or loss != "cross_entropy" else math.log(classes),
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tasks.base import Split, Task
 from tasks.space import INIT, Choice, LogFloat, LogInt, Widths
 from tasks.supervised import (
+    ERRORS,
     activation_named,
     init_layers,
     init_scales,
@@ -42,6 +43,7 @@ SPACE = {
     "boundary_weight": LogFloat(1.0, 100.0),
     "batch_size": LogInt(16, 128),
     "log10_init_scale": INIT,
+    "loss": Choice(("squared", "absolute", "huber")),
 }
 
 
@@ -93,6 +95,12 @@ class Burgers(NamedTuple):
         return u_t + value * u_x - self.viscosity * u_xx
 
 
+# Of one residual or error.
+PENALTIES: dict[str, Callable[[Any], Any]] = {
+    "squared": lambda error: error**2,
+    "absolute": ERRORS["absolute"],
+    "huber": lambda error: 2 * ERRORS["huber"](error),
+}
 EQUATIONS = {"heat": Heat, "burgers": Burgers}
 
 
@@ -122,6 +130,7 @@ def pinn(
     boundary_weight: float | Sequence[float] = 10.0,
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
+    loss: str = "squared",
 ) -> Task:
     """Mean squared residual of a PDE inside the unit square of space and time, and mean squared error at its edges.
 
@@ -132,6 +141,7 @@ def pinn(
       boundary_weight: of the error at t = 0, x = 0 and x = 1. Of a range (low, high) phi draws log-uniformly.
       batch_size: B points inside and B at the edges, fresh each batch.
       log10_init_scale: each weight matrix is multiplied at init by 10**u, u uniform in ± this.
+      loss: squared (not halved), or absolute or huber (quadratic as squared is, up to 1) in place of it, in both means.
 
     Raises ValueError for an invalid setting, naming the valid ones.
     """
@@ -143,6 +153,9 @@ def pinn(
         raise ValueError("pinn: activation, got 'relu'; valid: tanh, gelu, silu.")
     require_range("pinn", "boundary_weight", boundary_weight, 1e-6, 1e6, zero=True)
     require_init_scale("pinn", log10_init_scale)
+    if loss not in PENALTIES:
+        raise ValueError(f"pinn: loss, got {loss!r}; valid: {', '.join(PENALTIES)}.")
+    penalty = PENALTIES[loss]
     activate, gain = activation_named("pinn", activation)
     shapes = list(itertools.pairwise((2, *hidden, 1)))
 
@@ -161,26 +174,27 @@ def pinn(
         edge = jnp.stack([x, jnp.where(side == 0, 0.0, along)], axis=-1)
         return Points(jax.random.uniform(inside_key, (batch_size, 2)), edge)
 
-    def loss(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> Float[Array, ""]:
+    def objective(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> Float[Array, ""]:
         u, edge = field(params), (batch.edge[:, 0], batch.edge[:, 1])
         residual = phi.residual(u, batch.inside[:, 0], batch.inside[:, 1])
         weight: Any = phi.weight if is_range(boundary_weight) else boundary_weight
-        return jnp.mean(residual**2) + weight * jnp.mean((u(*edge) - phi.exact(*edge)) ** 2)
+        return jnp.mean(penalty(residual)) + weight * jnp.mean(penalty(u(*edge) - phi.exact(*edge)))
 
     def metrics(params: Params, key: PRNGKeyArray, phi: Any, batch: Points) -> dict[str, Array]:
         inside = batch.inside[:, 0], batch.inside[:, 1]
         exact = phi.exact(*inside)
         return {"relative_error": jnp.linalg.norm(field(params)(*inside) - exact) / jnp.linalg.norm(exact)}
 
+    other = "" if loss == "squared" else f", {loss} loss"
     spread = f", init 10^±{log10_init_scale:g}" if log10_init_scale else ""
     return Task(
         data=(),
         sample=sample,
         init=lambda key, phi: init_layers(key, shapes, phi.scale, gain),
         batch=batch,
-        loss=loss,
+        loss=objective,
         metrics=metrics,
         name=f"pinn({equation}, {'-'.join(map(str, hidden))}, {activation}, boundary {spoken(boundary_weight)}, "
-        f"batch {batch_size}{spread})",
+        f"batch {batch_size}{other}{spread})",
         version=2,  # validation and test have batches of their own
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tasks.base import Task
 from tasks.data import images
 from tasks.layers import initialise
-from tasks.space import ACTIVATION, BATCH, INIT, SMALL_IMAGES, LogFloat, LogInt, Widths
+from tasks.space import ACTIVATION, BATCH, INIT, SMALL_IMAGES, Choice, LogFloat, LogInt, Widths
 from tasks.supervised import (
     Examples,
     activation_named,
@@ -37,6 +37,14 @@ SPACE = {
     "activation": ACTIVATION,
     "batch_size": BATCH,
     "log10_init_scale": INIT,
+    "loss": Choice(("bernoulli", "squared", "absolute")),
+}
+SPREAD = 0.1  # of pixels about their mean, where they are Gaussian or Laplacian
+# Minus the log-likelihood of pixels x, less what does not depend on the logits.
+LIKELIHOODS = {
+    "bernoulli": lambda logits, x: jax.nn.softplus(logits) - x * logits,
+    "squared": lambda logits, x: 0.5 * ((jax.nn.sigmoid(logits) - x) / SPREAD) ** 2,
+    "absolute": lambda logits, x: jnp.abs(jax.nn.sigmoid(logits) - x) / SPREAD,
 }
 
 
@@ -55,8 +63,9 @@ def vae(
     activation: str = "relu",
     batch_size: int = 64,
     log10_init_scale: float = 0.0,
+    loss: str = "bernoulli",
 ) -> Task:
-    """The negative evidence lower bound a pixel, of Bernoulli pixels and Gaussian latents.
+    """The negative evidence lower bound a pixel, of Gaussian latents.
 
     Args:
       data: image sets in `tasks.data`, one of which is drawn uniformly per phi.
@@ -68,6 +77,8 @@ def vae(
       activation: relu (He init), gelu, silu or tanh (LeCun init); outputs have half LeCun's standard deviation.
       batch_size: B; batches are x [B, pixels] in [0, 1], taken as probabilities.
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
+      loss: pixels are bernoulli, or about the sigmoid of the output with a spread of 0.1 Gaussian (squared) or
+        Laplacian (absolute), up to a constant.
 
     Raises ValueError for an unknown data set or an invalid setting; ImportError without haiku.
     """
@@ -75,12 +86,14 @@ def vae(
     require_positive("vae", "hidden", hidden)
     require_positive("vae", "latents", [latents])
     require_range("vae", "beta", beta, 1e-6, 1e6)
+    if loss not in LIKELIHOODS:
+        raise ValueError(f"vae: loss, got {loss!r}; valid: {', '.join(LIKELIHOODS)}.")
     datasets = [flattened(one) for one in sources("vae", data, lambda name: images(name, size))]
     activate, gain = activation_named("vae", activation)
     pixels = datasets[0].x.shape[1]
 
     def bound(x: Float[Array, "B P"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-        """Of each image the reconstruction's cross-entropy and the KL divergence, both over the number of pixels."""
+        """Of each image the reconstruction's loss and the KL divergence, both over the number of pixels."""
         y = x
         for width in hidden:
             y = activate(hk.Linear(width)(y))
@@ -89,12 +102,12 @@ def vae(
         for width in reversed(hidden):
             y = activate(hk.Linear(width)(y))
         logits = hk.Linear(pixels, name="output")(y)
-        return jnp.mean(jax.nn.softplus(logits) - x * logits, axis=-1), gaussian_kl(mean, log_std) / pixels
+        return jnp.mean(LIKELIHOODS[loss](logits, x), axis=-1), gaussian_kl(mean, log_std) / pixels
 
     model = hk.transform(bound)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, pixels), jnp.float32))
 
-    def loss(params: Any, key: Array, batch: Examples, weight: Any = beta) -> Float[Array, ""]:
+    def objective(params: Any, key: Array, batch: Examples, weight: Any = beta) -> Float[Array, ""]:
         reconstruction, divergence = model.apply(params, key, batch.x)
         return jnp.mean(reconstruction + weight * divergence)
 
@@ -102,12 +115,13 @@ def vae(
         reconstruction, divergence = model.apply(params, key, batch.x)
         return {"reconstruction": jnp.mean(reconstruction), "kl": jnp.mean(divergence)}
 
+    other = "" if loss == "bernoulli" else f", {loss} loss"
     task = minibatched(
         "vae",
         datasets,
-        label=f"{size}x{size}, {'-'.join(map(str, (*hidden, latents)))}, beta {spoken(beta)}, {activation}",
+        label=f"{size}x{size}, {'-'.join(map(str, (*hidden, latents)))}, beta {spoken(beta)}, {activation}{other}",
         init=lambda key, scale: initialise(key, shapes, scale=scale[0], gain=gain),
-        loss=loss,
+        loss=objective,
         metrics=metrics,
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,
@@ -116,5 +130,5 @@ def vae(
         return task
     return task._replace(
         sample=lambda key: task.sample(key)._replace(drawn=log_uniform(key, beta)),
-        loss=lambda params, key, phi, batch: loss(params, key, batch, phi.drawn),
+        loss=lambda params, key, phi, batch: objective(params, key, batch, phi.drawn),
     )

@@ -19,6 +19,7 @@ import pytest
 import tasks
 from meta_test.cost import run_flops
 from tasks import SPLITS, checks, data
+from tasks.__main__ import ONE_LOSS
 from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
@@ -458,6 +459,7 @@ def test_draws_of_a_family_differ_and_are_valid(family):
     assert len({str(settings) for settings in drawn}) >= 18
     names = {name for key in module.SPACE for name in ([key] if isinstance(key, str) else key)}
     assert all(set(settings) == names for settings in drawn)
+    assert ("loss" in names) != (family in ONE_LOSS)  # or the page says that there is no other
     for name in names:
         alone = name == "data" and family in ("rnn_lm", "transformer_lm")  # the other text is held out
         assert len({str(settings[name]) for settings in drawn}) > 1 or alone, name

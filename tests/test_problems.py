@@ -309,6 +309,40 @@ def test_losses_of_single_predictions():
     assert squared(jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1])) == pytest.approx(2.5)
 
 
+def at_zero(family, **settings):
+    """The loss at params that are 0, its batch and phi."""
+    task, key = tasks.make(family, **settings), jax.random.key(3)
+
+    @jax.jit
+    def first(held):
+        phi = task.sample(key)
+        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(task.init, key, phi))
+        batch = task.batch(key, phi, held, "train")
+        return task.loss(params, key, phi, batch), batch, phi
+
+    loss, batch, phi = first(task.data)
+    return float(loss), batch, phi
+
+
+def test_losses_of_vaes_pinns_and_graphs_are_what_they_are_called():
+    """At params 0 all outputs are 0, a PDE's residual too, and the KL divergence of the latents is 0."""
+    pytest.importorskip("haiku")
+    for loss, of in (("squared", lambda e: 50 * e**2), ("absolute", lambda e: 10 * abs(e))):  # a spread of 0.1
+        found, batch, _ = at_zero("vae", loss=loss, hidden=(4,), latents=2)
+        assert found == pytest.approx(float(of(batch.x - 0.5).mean()), rel=1e-5)
+    assert at_zero("vae", hidden=(4,), latents=2)[0] == pytest.approx(np.log(2))
+    huber = lambda e: jnp.where(abs(e) < 1, e**2, 2 * abs(e) - 1)  # noqa: E731
+    for loss, of in (("squared", jnp.square), ("absolute", abs), ("huber", huber)):
+        found, batch, phi = at_zero("pinn", loss=loss, hidden=(4,), boundary_weight=3.0)
+        exact = phi.exact(batch.edge[:, 0], batch.edge[:, 1])
+        assert found == pytest.approx(float(3 * of(exact).mean()), rel=1e-5)
+    assert at_zero("graph_network", loss="squared")[0] == pytest.approx(1)  # from a one-hot label
+    assert at_zero("graph_network")[0] == pytest.approx(np.log(4))
+    for family, valid in (("vae", "bernoulli, sq"), ("pinn", "squared, ab"), ("graph_network", "cross_entropy, sq")):
+        with pytest.raises(ValueError, match=f"{family}: loss, got 'cubic'; valid: {valid}"):
+            tasks.make(family, loss="cubic")
+
+
 # Data of their own
 
 
