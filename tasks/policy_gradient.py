@@ -1,7 +1,8 @@
 """Policy gradients on control problems. Source: Williams (1992), REINFORCE, doi:10.1007/BF00992696.
 
-Cart-pole: Barto et al. (1983), doi:10.1109/TSMC.1983.6313077, equations as in Florian (2007) without friction.
-Pendulum: swing-up of a rod by a limited torque. Both are integrated by the semi-implicit Euler method.
+Cart-pole: Barto et al. (1983), doi:10.1109/TSMC.1983.6313077, equations as in Florian (2007) without friction; swing_up
+is the same machine with its pole hanging at first. Pendulum: swing-up of a rod by a limited torque. All are integrated
+by the semi-implicit Euler method.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
 
 SPACE = {
-    "environment": Choice(("cart_pole", "pendulum")),
+    "environment": Choice(("swing_up", "pendulum", "cart_pole")),
     "hidden": Widths(0, 2, 8, 64),
     "activation": Choice(("tanh", "relu", "silu")),
     "episodes": LogInt(8, 64),
@@ -59,6 +60,17 @@ class Environment(Protocol):
     def reward(self, state: Float[Array, "B S"]) -> Float[Array, " B"]: ...
 
 
+def accelerations(
+    physics: Float[Array, " 4"], angle: Float[Array, " B"], spin: Float[Array, " B"], action: Float[Array, " B"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Of a cart in m/s², and of the pole on it in rad/s²; the angle is that from upright."""
+    gravity, mass, length, force = physics
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    push = (force * action + mass * length * spin**2 * sin) / (1 + mass)
+    around = (gravity * sin - cos * push) / (length * (4 / 3 - mass * cos**2 / (1 + mass)))
+    return push - mass * length * around * cos / (1 + mass), around
+
+
 class CartPole:
     """A pole on a cart that is pushed left or right. Reward 1 while it stands; once fallen it stays fallen."""
 
@@ -85,13 +97,9 @@ class CartPole:
         return (2.0 * right - 1.0).astype(out.dtype), jnp.where(right, log_probs[:, 1], log_probs[:, 0])
 
     def step(self, physics: Float[Array, " 4"], state: Float[Array, "B 5"], action: Array) -> Float[Array, "B 5"]:
-        gravity, mass, length, force = physics
         x, velocity, angle, spin, alive = state.T
-        sin, cos = jnp.sin(angle), jnp.cos(angle)
-        push = (force * action + mass * length * spin**2 * sin) / (1 + mass)
-        torque = (gravity * sin - cos * push) / (length * (4 / 3 - mass * cos**2 / (1 + mass)))
-        velocity = velocity + self.seconds * (push - mass * length * torque * cos / (1 + mass))
-        spin = spin + self.seconds * torque
+        along, around = accelerations(physics, angle, spin, action)
+        velocity, spin = velocity + self.seconds * along, spin + self.seconds * around
         x, angle = x + self.seconds * velocity, angle + self.seconds * spin
         alive = alive * ((jnp.abs(x) < self.most_x) & (jnp.abs(angle) < self.most_angle))
         # A fallen pole is put away, so that its numbers stay small.
@@ -101,12 +109,54 @@ class CartPole:
         return state[:, 4]
 
 
-class Pendulum:
+class Gaussian:
+    """Actions in ±1: the policy's output plus normal noise, squashed."""
+
+    outputs, std = 1, 0.5
+
+    def act(self, key: PRNGKeyArray, out: Float[Array, "B 1"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        # The gradient is that of the density alone: what was drawn is a number.
+        noise = self.std * jax.random.normal(key, out.shape[:1])
+        drawn = jax.lax.stop_gradient(out[:, 0] + noise.astype(out.dtype))
+        density = -0.5 * ((drawn - out[:, 0]) / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi))
+        return jnp.tanh(drawn), density
+
+
+class SwingUp(Gaussian):
+    """A pole that hangs from a cart on a rail with ends; the reward is 1 where it stands at rest above the middle."""
+
+    physics, features = CartPole.physics, 5
+    seconds, most_x, most_spin = 0.04, 2.4, 15.0
+
+    def start(self, key: PRNGKeyArray, episodes: int) -> Float[Array, "B 4"]:
+        """Position, velocity, angle from upright and angular velocity."""
+        unit = jax.random.uniform(key, (episodes, 4), minval=-1.0, maxval=1.0)
+        return jnp.array([0.0, 0.0, jnp.pi, 0.0])[None] + unit * jnp.array([0.5, 0.1, 0.3, 0.1])[None]
+
+    def observe(self, state: Float[Array, "B 4"]) -> Float[Array, "B 5"]:
+        x, velocity, angle, spin = state.T
+        return jnp.stack([x / self.most_x, velocity / 2, jnp.cos(angle), jnp.sin(angle), spin / 5], axis=-1)
+
+    def step(self, physics: Float[Array, " 4"], state: Float[Array, "B 4"], action: Array) -> Float[Array, "B 4"]:
+        x, velocity, angle, spin = state.T
+        along, around = accelerations(physics, angle, spin, action)
+        velocity = velocity + self.seconds * along
+        spin = jnp.clip(spin + self.seconds * around, -self.most_spin, self.most_spin)
+        moved = x + self.seconds * velocity
+        x = jnp.clip(moved, -self.most_x, self.most_x)
+        return jnp.stack([x, jnp.where(x == moved, velocity, 0.0), angle + self.seconds * spin, spin], axis=-1)
+
+    def reward(self, state: Float[Array, "B 4"]) -> Float[Array, " B"]:
+        x, _, angle, spin = state.T
+        return 0.5 * (1 + jnp.cos(angle)) * (1 - 0.5 * (x / self.most_x) ** 2) / (1 + 0.05 * spin**2)
+
+
+class Pendulum(Gaussian):
     """A rod that hangs at a random angle; the reward is 1 where it stands upright at rest, and no action costs any."""
 
     physics = (9.8, 1.0, 1.0)  # gravity m/s², length m, mass kg
-    features, outputs = 3, 1
-    seconds, most_torque, most_spin, std = 0.05, 2.0, 8.0, 0.5
+    features = 3
+    seconds, most_torque, most_spin = 0.05, 2.0, 8.0
 
     def start(self, key: PRNGKeyArray, episodes: int) -> Float[Array, "B 2"]:
         """Angle from upright and angular velocity."""
@@ -116,17 +166,11 @@ class Pendulum:
     def observe(self, state: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
         return jnp.stack([jnp.cos(state[:, 0]), jnp.sin(state[:, 0]), state[:, 1] / 4.0], axis=-1)
 
-    def act(self, key: PRNGKeyArray, out: Float[Array, "B 1"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-        # The gradient is that of the density alone: what was drawn is a number.
-        noise = self.std * jax.random.normal(key, out.shape[:1])
-        drawn = jax.lax.stop_gradient(out[:, 0] + noise.astype(out.dtype))
-        density = -0.5 * ((drawn - out[:, 0]) / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi))
-        return self.most_torque * jnp.tanh(drawn), density
-
     def step(self, physics: Float[Array, " 3"], state: Float[Array, "B 2"], action: Array) -> Float[Array, "B 2"]:
         gravity, length, mass = physics
         angle, spin = state.T
-        turn = 3 * gravity / (2 * length) * jnp.sin(angle) + 3 * action / (mass * length**2)
+        torque = self.most_torque * action
+        turn = 3 * gravity / (2 * length) * jnp.sin(angle) + 3 * torque / (mass * length**2)
         spin = jnp.clip(spin + self.seconds * turn, -self.most_spin, self.most_spin)
         return jnp.stack([angle + self.seconds * spin, spin], axis=-1)
 
@@ -134,7 +178,11 @@ class Pendulum:
         return 0.5 * (1 + jnp.cos(state[:, 0])) / (1 + 0.1 * state[:, 1] ** 2)
 
 
-ENVIRONMENTS: dict[str, Environment] = {"cart_pole": CartPole(), "pendulum": Pendulum()}
+ENVIRONMENTS: dict[str, Environment] = {
+    "cart_pole": CartPole(),
+    "pendulum": Pendulum(),
+    "swing_up": SwingUp(),
+}
 
 
 class Phi(NamedTuple):
@@ -161,10 +209,10 @@ def surrogate(log_prob: Float[Array, "T B"], reward: Float[Array, "T B"]) -> Flo
 
 def policy_gradient(
     *,
-    environment: str = "cart_pole",
+    environment: str = "swing_up",
     hidden: Sequence[int] = (16,),
     activation: str = "tanh",
-    episodes: int = 16,
+    episodes: int = 32,
     length: int = 100,
     spread: float = 0.2,
     log10_init_scale: float = 0.0,
@@ -172,7 +220,7 @@ def policy_gradient(
     """1 minus the mean reward a step of a stochastic policy, by REINFORCE.
 
     Args:
-      environment: cart_pole or pendulum.
+      environment: swing_up, pendulum, or cart_pole, whose pole stands at first and which is soon solved.
       hidden: widths of the policy.
       activation: relu, gelu, silu or tanh.
       episodes: B; a batch is their first states.
@@ -230,5 +278,5 @@ def policy_gradient(
         value_and_grad=value_and_grad,
         name=f"policy_gradient({environment}, {'-'.join(map(str, hidden)) or 'linear'}, {activation}, "
         f"{episodes} episodes of {length}, physics ± {spread:.0%}{wide})",
-        version=2,  # validation and test have batches of their own
+        version=3,  # another default environment
     )

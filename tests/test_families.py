@@ -56,7 +56,7 @@ CASES = {
     "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
     "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),
     "pinn": Case({"hidden": (16, 16), "batch_size": 32}, lr=0.01),
-    "policy_gradient": Case({"episodes": 8, "length": 50}, lr=0.02, ratio=0.5),
+    "policy_gradient": Case({"episodes": 8, "length": 80}, lr=0.03, ratio=0.8),
     "quadratic": Case({}, lr=0.03, ratio=0.1),
     "resnet": Case({"channels": (8,), "batch_size": 16}, lr=0.01, ratio=0.7),
     "rnn_lm": Case({"width": 16, "embedding": 8, "length": 16, "batch_size": 16}, lr=0.02, ratio=0.75),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from products import products
 
@@ -144,9 +145,10 @@ def test_es_is_unbiased_and_noisy():
 
 
 def cart_pole(length):
-    task = tasks.make("policy_gradient", hidden=(), episodes=2, length=length, spread=0.0)
-    phi = task.sample(KEYS[0])
-    params = jax.tree.map(lambda p: p + 0.5, task.init(KEYS[1], phi))
+    settings = dict(hidden=(), episodes=2, length=length, spread=0.0)
+    task = tasks.make("policy_gradient", environment="cart_pole", **settings)
+    phi = jax.jit(task.sample)(KEYS[0])
+    params = jax.tree.map(lambda p: p + 0.5, jax.jit(task.init)(KEYS[1], phi))
     start = jnp.array([[0.0, 0.0, 0.19, 0.3, 1.0]] * 2)  # about to fall, depending on the pushes
     return task, phi, params, start
 
@@ -179,6 +181,84 @@ def test_policy_gradient_is_unbiased():
     assert jnp.abs(true).max() > 1e-3
     assert near_mean(found, true)
     assert not near_mean(found, 0.5 * true)
+
+
+def test_policy_gradient_of_normal_actions_is_unbiased():
+    """One step from one state: against the integral over the policy's noise."""
+    task = tasks.make("policy_gradient", hidden=(), episodes=2, length=1, spread=0.0)
+    world, phi = policy_gradient.ENVIRONMENTS["swing_up"], jax.jit(task.sample)(KEYS[0])
+    params = jax.tree.map(lambda p: p + 0.3, jax.jit(task.init)(KEYS[1], phi))
+    start = jnp.array([[1.0, 0.5, 0.8, -2.0]] * 2)
+    place, weight = np.polynomial.hermite_e.hermegauss(40)
+
+    def expected_loss(params):
+        mean = (world.observe(start[:1]) @ params["layer0"]["w"] + params["layer0"]["b"][None])[0, 0]
+        actions = jnp.tanh(mean + world.std * jnp.asarray(place, jnp.float32))
+        state = world.step(phi.physics, jnp.broadcast_to(start[:1], (len(place), 4)), actions)
+        return 1 - world.reward(state) @ jnp.asarray(weight / weight.sum(), jnp.float32)
+
+    value, true = jax.jit(jax.value_and_grad(expected_loss))(params)
+    values, grads = jax.jit(jax.vmap(lambda key: task.value_and_grad(params, key, phi, start)))(
+        jax.random.split(KEYS[2], 20_000)
+    )
+    found = jnp.concatenate([grads["layer0"]["w"].reshape(len(values), -1), grads["layer0"]["b"]], axis=-1)
+    true = jnp.concatenate([true["layer0"]["w"].ravel(), true["layer0"]["b"]])
+    assert near_mean(values[:, None], value[None])
+    assert near_mean(found, true)
+    assert not near_mean(found, -true)
+    assert not near_mean(found, 0.5 * true)
+
+
+def test_adam_swings_the_pole_up_and_the_wrong_way_does_not():
+    """At the factory's defaults, 300 steps, at each learning rate of a decade."""
+    task = tasks.make("policy_gradient")
+    adam = optax.adam(1.0)
+    phi = jax.jit(task.sample)(KEYS[0])
+    begin = jax.jit(task.init)(KEYS[1], phi)
+
+    def trained(rate):
+        def step(carry, key):
+            params, state = carry
+            batch_key, loss_key = jax.random.split(key)
+            batch = task.batch(batch_key, phi, (), "train")
+            updates, state = adam.update(task.value_and_grad(params, loss_key, phi, batch)[1], state)
+            return (jax.tree.map(lambda p, u: p + rate * u, params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (begin, adam.init(begin)), jax.random.split(KEYS[2], 300))
+        return params
+
+    def judge(params):
+        lost = lambda key: task.loss(params, key, phi, task.batch(key, phi, (), "validation"))  # noqa: E731
+        return jnp.mean(jax.vmap(lost)(jax.random.split(KEYS[3], 4)))
+
+    *right, wrong = jax.jit(jax.vmap(lambda rate: judge(trained(rate))))(jnp.array([0.003, 0.01, 0.03, -0.01])).tolist()
+    first = float(jax.jit(judge)(begin))
+    assert max(right) < 0.85 * first, (first, right)
+    assert min(right) < 0.7 * first, (first, right)
+    assert wrong > 0.95 * first, (first, wrong)
+
+
+def test_a_hanging_pole_keeps_its_energy_and_the_rail_has_ends():
+    world = policy_gradient.ENVIRONMENTS["swing_up"]
+    gravity, mass, length, _ = world.physics
+
+    def energy(state):  # over the cart's mass, of a rod about its middle
+        _, velocity, angle, spin = state.T
+        moving = 0.5 * (1 + mass) * velocity**2 + mass * length * velocity * spin * jnp.cos(angle)
+        return moving + mass * length**2 * spin**2 * 2 / 3 + mass * gravity * length * jnp.cos(angle)
+
+    step = jax.jit(world.step)
+    state = jnp.array([[0.0, 0.3, 1.5, 1.0]])
+    first = energy(state)
+    for _ in range(100):
+        state = step(jnp.array(world.physics), state, jnp.zeros(1))
+        assert abs(energy(state) - first) < 0.1 * mass * gravity * length
+        assert abs(state[0, 0]) < world.most_x
+    for _ in range(200):
+        state = step(jnp.array(world.physics), state, jnp.ones(1))
+    assert state[0, 0] == pytest.approx(world.most_x, abs=0.05)
+    assert world.reward(jnp.zeros((1, 4))) == 1
+    assert world.reward(jnp.array([[0.0, 0.0, jnp.pi, 0.0]])) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_fallen_pole_stays_fallen_and_a_pendulum_keeps_its_energy():
