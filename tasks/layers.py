@@ -31,6 +31,7 @@ def initialise(
     output: str = "output",
     output_gain: float = OUTPUT_GAIN,
     output_fan_in: int | None = None,
+    zero: str = "",
 ) -> Any:
     """Params of given shapes: normal weights of variance gain / fan_in, zero biases, unit normalisation scales.
 
@@ -44,6 +45,7 @@ def initialise(
       output: leaves with this in their name have `output_gain` instead.
       output_gain: variance gain of the output layer.
       output_fan_in: of the output layer, if not its own (muP: that of the base width).
+      zero: name of leaves that are 0 (muP: attention's queries, see `attention_scale`); others are drawn as without it.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -53,6 +55,8 @@ def initialise(
     def one(name: str, shape: tuple[int, ...], draw: Array) -> Array:
         if len(shape) < 2:
             return jnp.full(shape, float(name.split("/")[-1] in ONES), jnp.float32)
+        if name.split("/")[-1] == zero:
+            return jnp.zeros(shape, jnp.float32)
         variance = 1.0 if "embed" in name else gain / math.prod(shape[:-1])
         if output in name:
             variance = output_gain / (output_fan_in or math.prod(shape[:-1]))
@@ -147,8 +151,11 @@ def attention(
     return product(mixed.reshape(x.shape), block["merge"])
 
 
-def attention_scale(family: str, width: int, heads: int, mup_base: int | None) -> tuple[float, float, int | None]:
-    """`logit_scale` of `transformer`, what multiplies the output layer's product, and its `output_fan_in`.
+def attention_scale(family: str, width: int, heads: int, mup_base: int | None) -> tuple[float, float, dict[str, Any]]:
+    """`logit_scale` of `transformer`, what multiplies the output layer's product, and keywords of `initialise`.
+
+    Under muP queries begin at 0, as the source's appendix D.2 advises: what queries and keys have in common by chance at
+    a random init makes the second block's logits change less the wider they are.
 
     Args:
       mup_base: width of the base network of the maximal-update parametrisation, with as many heads; None: standard.
@@ -161,5 +168,5 @@ def attention_scale(family: str, width: int, heads: int, mup_base: int | None) -
         if value is not None and (value < heads or value % heads):
             raise ValueError(f"{family}: {name}, got {value} with heads={heads}; valid: multiples of heads.")
     if mup_base is None:
-        return math.sqrt(heads / width), 1.0, None
-    return math.sqrt(mup_base * heads) / width, mup_base / width, mup_base
+        return math.sqrt(heads / width), 1.0, {}
+    return math.sqrt(mup_base * heads) / width, mup_base / width, {"output_fan_in": mup_base, "zero": "query"}

@@ -51,7 +51,8 @@ def transformer_lm(
       length: L, characters a window.
       batch_size: B; batches are tokens [B, L + 1].
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
-      mup_base: width of the base network of the maximal-update parametrisation; None: the standard one.
+      mup_base: width of the base network of the maximal-update parametrisation, in which queries begin at 0; None: the
+        standard one.
 
     Raises ValueError for an unknown text or an invalid setting, naming the valid ones.
     """
@@ -59,7 +60,7 @@ def transformer_lm(
         require_positive("transformer_lm", name, [value])
     sets = texts("transformer_lm", data)
     activate, _ = activation_named("transformer_lm", activation)
-    logit_scale, forward, output_fan_in = attention_scale("transformer_lm", width, heads, mup_base)
+    logit_scale, forward, mup = attention_scale("transformer_lm", width, heads, mup_base)
     vocabulary = max(len(one.vocabulary) for one in sets)
     shapes = transformer_shapes(depth, width, 4 * width) | {
         "embed": shape(vocabulary, width),
@@ -80,6 +81,6 @@ def transformer_lm(
         length=length,
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,
-        init=lambda key, scale: initialise(key, shapes, scale=scale, output_fan_in=output_fan_in),
+        init=lambda key, scale: initialise(key, shapes, scale=scale, **mup),
         apply=apply,
     )

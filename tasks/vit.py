@@ -60,7 +60,8 @@ def vit(
       batch_size: B; batches are x [B, size, size, channels] in [0, 1] and y [B].
       log10_init_scale: all weights are multiplied at init by 10**u, u uniform in ± this.
       loss: cross_entropy, or squared: of logits from one-hot labels.
-      mup_base: width of the base network of the maximal-update parametrisation; None: the standard one.
+      mup_base: width of the base network of the maximal-update parametrisation, in which queries begin at 0; None: the
+        standard one.
 
     Raises ValueError for an unknown data set or an invalid setting, naming the valid ones.
     """
@@ -70,7 +71,7 @@ def vit(
         raise ValueError(f"vit: patch, got {patch} with size={size}; valid: divisors of size.")
     datasets = [channelled(one) for one in sources("vit", data, lambda name: images(name, size))]
     activate, _ = activation_named("vit", activation)
-    logit_scale, forward, output_fan_in = attention_scale("vit", width, heads, mup_base)
+    logit_scale, forward, mup = attention_scale("vit", width, heads, mup_base)
     length, inputs = (size // patch) ** 2, patch**2 * datasets[0].x.shape[-1]
     shapes = transformer_shapes(depth, width, 4 * width) | {
         "patches": {"w": shape(inputs, width), "b": shape(width)},
@@ -88,7 +89,7 @@ def vit(
         "vit",
         datasets,
         label=f"{size}x{size}/{patch}, {depth} x {width}, {heads} heads, {activation}",
-        init=lambda key, scale: initialise(key, shapes, scale=scale[0], output_fan_in=output_fan_in),
+        init=lambda key, scale: initialise(key, shapes, scale=scale[0], **mup),
         apply=apply,
         batch_size=batch_size,
         log10_init_scale=log10_init_scale,

@@ -61,8 +61,11 @@ def flat(name: str) -> float:
 
 
 @functools.cache
-def change(name: str, width: int, base: int | None, adapted: bool) -> np.ndarray:
-    """[products] root mean square change of each product over STEPS of Adam on one batch, geometric mean over SEEDS."""
+def change(name: str, width: int, base: int | None, adapted: bool, queries: bool = False) -> np.ndarray:
+    """[products] root mean square change of each product over STEPS of Adam on one batch, geometric mean over SEEDS.
+
+    From the task's own init; with `queries` those begin as they do without `mup_base`.
+    """
     make, key = FACTORIES[name], jax.random.key(0)
     task = make(width, base)
     phi = task.sample(key)
@@ -71,9 +74,10 @@ def change(name: str, width: int, base: int | None, adapted: bool) -> np.ndarray
     adam = optax.adam(LRS.get(name, 3e-3))
 
     def run(key: jax.Array, data: Any, factors: Any) -> list[jax.Array]:
-        # Queries begin at 0, as the paper's appendix D.2 advises: what queries and keys have in common by chance at
-        # init adds to the logits' change a part that falls as 1/sqrt(d_head).
-        params = jax.tree.map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, task.init(key, phi))
+        params = task.init(key, phi)
+        if queries:
+            drawn = make(width, None).init(key, phi)
+            params = jax.tree.map_with_path(lambda path, p, r: r if "query" in str(path) else p, params, drawn)
         batch = task.batch(key, phi, data, "train")
 
         def step(_: jax.Array, carry: Any) -> Any:
@@ -90,10 +94,13 @@ def change(name: str, width: int, base: int | None, adapted: bool) -> np.ndarray
     return np.exp(np.mean(np.log(mapped(jax.random.split(key, SEEDS), task.data, factors)), axis=1))
 
 
-def slopes(name: str, widths: tuple[int, ...], *, base: bool = True, adapted: bool = True) -> np.ndarray:
+def slopes(
+    name: str, widths: tuple[int, ...], *, base: bool = True, adapted: bool = True, queries: bool = False
+) -> np.ndarray:
     """[products] sizes of the slopes of the logarithms."""
     first, *rest = widths
-    found = [change(name, first, first, True), *(change(name, w, first if base else None, adapted) for w in rest)]
+    found = [change(name, first, first, True, queries)]
+    found += [change(name, w, first if base else None, adapted, queries) for w in rest]
     return np.abs(np.polyfit(np.log2(widths), np.log2(np.stack(found)), 1)[0])
 
 
@@ -106,6 +113,12 @@ def test_what_training_changes_does_not_depend_on_the_width(name):
 
 
 @pytest.mark.slow
+def test_queries_drawn_at_random_would_be_seen():
+    """In the logits of the second block of attention."""
+    assert max(slopes("transformer", (128, 512), queries=True)) > LOGITS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORIES)
 def test_to_width_1024(name):
     assert max(slopes(name, (128, 256, 512, 1024))) < flat(name)
@@ -113,18 +126,23 @@ def test_to_width_1024(name):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_forward_and_init_are_those_of_lopt_mup(name):
-    """At the base width nothing changes; wider, init and forward multipliers are what lopt.mup says of the shapes."""
+    """At the base width queries alone change; wider, init and forward multipliers are what lopt.mup says of shapes."""
     make, key = FACTORIES[name], jax.random.key(0)
     plain, base, wide = make(32, None), make(32, 32), make(128, 32)
     phi = plain.sample(key)
     batch = plain.batch(key, phi, plain.data, "train")
     params = plain.init(key, phi)
+    still = lambda path: "query" in str(path)  # noqa: E731
+    params = jax.tree.map_with_path(lambda path, p: 0 * p if still(path) else p, params)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, base.init(key, phi)))
+    assert any(still(path) for path, _ in jax.tree.leaves_with_path(params)) == (name in ("transformer", "vit"))
     assert plain.loss(params, key, phi, batch) == pytest.approx(float(base.loss(params, key, phi, batch)), rel=1e-6)
     grown = wide.init(key, phi)
     about = mup.describe(params, grown)
     for old, new, one in zip(*map(jax.tree.leaves, (params, grown)), leaves(about), strict=True):
-        if old.ndim > 1:
+        if not old.any():
+            assert not new.any()
+        elif old.ndim > 1:
             chance = 4 / old.size**0.5  # of the standard deviation of so few weights
             assert new.std() / old.std() == pytest.approx(one.init, rel=max(0.25, chance))
     assert [one.forward for one in leaves(about) if one.role == "output"] == [0.25]
