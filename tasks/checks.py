@@ -71,7 +71,8 @@ def _phrases(task: Task) -> Iterator[str]:
     key = jax.random.key(0)
     phi = _shapes("sample", task.sample, key)
     params = _shapes("init", task.init, key, phi)
-    yield from _params(params)
+    unfit = list(_params(params))
+    yield from unfit
     batches = {split: _shapes("batch", task.batch, key, phi, task.data, split) for split in SPLITS}
     for split in SPLITS[1:]:
         if _layout(_rows(batches[split])) != _layout(_rows(batches["train"])):
@@ -82,7 +83,8 @@ def _phrases(task: Task) -> Iterator[str]:
         yield f"loss has {_layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
         return
     yield from _optional(task, params, key, phi, batches["train"])
-    yield from _values(task)
+    if not unfit:  # or JAX would say it once more, in its own words
+        yield from _values(task)
 
 
 def _rows(batch: Any) -> Any:

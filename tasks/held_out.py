@@ -4,8 +4,8 @@ Names alone would be blind: TFDS serves Fashion-MNIST's test file under another 
 user's factory loads arrays of its own. So a task is asked four things: the ids and sha256 in its provenance; its
 family, and the families and data sources that its own functions reach through closures, objects and modules; and
 whether the rows or passages of its `data`, and of arrays that it reaches so, are those of a held-out set. The last
-survives another scale, offset or vocabulary, order and subsets; it does not survive augmentation, other resizing, or
-normalising pixel by pixel.
+survives another scale, offset or vocabulary, order and subsets, of images other sizes, margins and channels too; it
+does not survive augmentation, or normalising pixel by pixel.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ LIBRARIES = {"jax", "jaxlib", "numpy", "optax", "flax", "haiku", "builtins", "fu
 LIBRARIES |= {"matplotlib", "pandas", "PIL", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
 LIBRARIES |= {"_pytest"}  # an assert that it rewrote names it, and it has hold of every test
 STANDARD = LIBRARIES | sys.stdlib_module_names - {"__main__"}  # whose objects hold no task of a user's
+JUDGED: dict[tuple[Any, ...], tuple[str, ...]] = {}  # array's shape, type and hash -> what of HELD_OUT.data it holds
 
 
 def inside(tree: Any) -> tuple[str, ...]:
@@ -95,7 +96,11 @@ def trace(task: Task) -> Trace:
                 families.add(family)
     # A data set that is closed over is often the task's data once more: what has equal bytes is looked at once.
     different = {_digest(array): array for array in arrays if _is_numeric(array)}
-    return Trace(tuple(sorted(found | set(inside(list(different.values()))))), tuple(sorted(families - {""})))
+    for digest, array in different.items():
+        if digest not in JUDGED:
+            JUDGED[digest] = inside(array)
+        found.update(JUDGED[digest])
+    return Trace(tuple(sorted(found)), tuple(sorted(families - {""})))
 
 
 def _is_numeric(leaf: Any) -> bool:
@@ -200,14 +205,25 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def touched(task: Task, reserved: Reserved = HELD_OUT) -> list[str]:
     """What of `reserved` a task touches, in words; empty if nothing."""
+    return touched_by(*origins(task), reserved)
+
+
+def origins(task: Task) -> tuple[list[Source], list[str]]:
+    """What a recording of a task's runs has to keep, to be judged by `touched_by` once the task is gone.
+
+    Its sources, those that were found by content or in its functions among them, and its families.
+    """
     where = trace(task)
-    return [f"data {name}" for name in where.data if name in reserved.data] + [
-        f"family {name}" for name in where.families if name in reserved.families
-    ]
+    found = [Source(name, data.sha256(name)) for name in where.data]
+    return [*dict.fromkeys([*task.provenance, *found])], sorted({*where.families, task.family} - {""})
 
 
 def touched_by(sources: Iterable[Source], families: Iterable[str], reserved: Reserved = HELD_OUT) -> list[str]:
-    """The same for a recording, which has kept no more than its provenance."""
+    """What of `reserved` sources and families touch, in words: those of a task, or of a recording by its `origins`.
+
+    >>> touched_by([Source("tfds:fashion_mnist:3.0.1", "")], ["image_mlp", "vit"])
+    ['data fashion10k', 'family vit']
+    """
     names = {name for source in sources for name in aliases(source)}
     return [f"data {name}" for name in sorted(names & set(reserved.data))] + [
         f"family {name}" for name in sorted(set(families) & set(reserved.families))

@@ -154,8 +154,8 @@ def attention(
 def attention_scale(family: str, width: int, heads: int, mup_base: int | None) -> tuple[float, float, dict[str, Any]]:
     """`logit_scale` of `transformer`, what multiplies the output layer's product, and keywords of `initialise`.
 
-    Under muP queries begin at 0, as the source's appendix D.2 advises: what queries and keys have in common by chance at
-    a random init makes the second block's logits change less the wider they are.
+    Under muP queries begin at 0, as the source's appendix D.2 advises: what queries and keys have in common by chance
+    at a random init makes the second block's logits change less the wider they are.
 
     Args:
       mup_base: width of the base network of the maximal-update parametrisation, with as many heads; None: standard.

