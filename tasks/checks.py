@@ -71,8 +71,7 @@ def _phrases(task: Task) -> Iterator[str]:
     key = jax.random.key(0)
     phi = _shapes("sample", task.sample, key)
     params = _shapes("init", task.init, key, phi)
-    unfit = list(_params(params))
-    yield from unfit
+    yield from _params(params)
     batches = {split: _shapes("batch", task.batch, key, phi, task.data, split) for split in SPLITS}
     for split in SPLITS[1:]:
         if _layout(_rows(batches[split])) != _layout(_rows(batches["train"])):
@@ -83,7 +82,8 @@ def _phrases(task: Task) -> Iterator[str]:
         yield f"loss has {_layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
         return
     yield from _optional(task, params, key, phi, batches["train"])
-    if not unfit:  # or JAX would say it once more, in its own words
+    # Of others there is no gradient, which JAX would say once more, in its own words.
+    if all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params)):
         yield from _values(task)
 
 
