@@ -2,11 +2,13 @@
 
     python benchmarks/families.py                   # the table of docs/tasks.md and docs/tasks.png; minutes of one core
     python benchmarks/families.py --only vit,pinn   # prints these rows and writes nothing
+    rm -r runs/families                             # where measured rows are kept, so that what was stopped goes on
+    python benchmarks/families.py --keep-times      # the same, but a row of the page with these defaults keeps its time
 
 Every family at its factory's defaults. A step is a training batch, its gradient and Adam's update, on one core, the
 best of five timings. FLOPs are counted in the traced gradient: two a multiply-add of a matrix product, one an element
-of the result of any other operation. Adam's learning rate is the best of eight by the final validation loss. Run it on
-an idle machine.
+of the result of any other operation. Adam's learning rate is the best of nine by the final validation loss; the least
+or the largest of them is marked as the grid's edge. Run what is timed on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,7 @@ from meta_test.cost import flops
 from tasks import Task
 
 ROOT = Path(__file__).parents[1]
-RATES = tuple(float(f"{10**x:.1g}") for x in np.linspace(-4, -0.5, 8))
+RATES = tuple(float(f"{10**x:.1g}") for x in np.linspace(-4, 0, 9))
 STEPS, EVALS, REPEATS = 1000, 40, 5
 BEGIN, END = "<!-- benchmarks/families.py -->\n", "<!-- end -->\n"
 
@@ -131,21 +134,52 @@ def microseconds(task: Task) -> float:
     return min(seconds(steps) for _ in range(REPEATS)) / steps * 1e6
 
 
-def measure(family: str) -> Row:
+def kept(page: str) -> dict[tuple[str, str], float]:
+    """(family, defaults) -> microseconds, of the rows of a page."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    return {(row[0], row[1]): float(row[4].replace(",", "")) for row in cells if len(row) == 7}
+
+
+def defaults(task: Task) -> str:
+    return task.name.partition("(")[2].rpartition(")")[0]
+
+
+def measure(family: str, times: Mapping[tuple[str, str], float]) -> Row:
     task = tasks.make(family)
     phi, params = begin(task, 0)
     traced = jax.make_jaxpr(lambda *arguments: gradient(task, *arguments))(params, jax.random.key(0), phi, task.data)
     found = curves(task, RATES)
     chosen = best(found)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Row(family, task, parameters, flops(traced.jaxpr), microseconds(task), RATES[chosen], found[chosen])
+    took = times.get((f"`{family}`", defaults(task)))
+    took = microseconds(task) if took is None else took
+    return Row(family, task, parameters, flops(traced.jaxpr), took, RATES[chosen], found[chosen])
+
+
+def once(family: str, times: Mapping[tuple[str, str], float], path: Path) -> Row:
+    """The row in a file, if that is of the factory's defaults; or else it is measured and written there."""
+    if path.is_file():
+        with np.load(path) as held:
+            task = tasks.make(family)
+            if str(held["name"]) == f"{task.name} v{task.version}":
+                numbers = int(held["parameters"]), int(held["flops"]), float(held["microseconds"]), float(held["rate"])
+                return Row(family, task, *numbers, held["losses"])
+    row = measure(family, times)
+    fields = {name: value for name, value in row._asdict().items() if name not in ("family", "task")}
+    np.savez(path, name=f"{row.task.name} v{row.task.version}", **fields)
+    return row
+
+
+def rate(row: Row) -> str:
+    """Adam's, and whether a better one may lie outside the grid."""
+    return f"{row.rate:g}{' (edge)' if row.rate in (RATES[0], RATES[-1]) else ''}"
 
 
 def table(rows: list[Row]) -> str:
     head = "| family | defaults | parameters | FLOPs a gradient | µs a step | Adam's rate | validation loss |\n"
     lines = [
-        f"| `{row.family}` | {row.task.name.partition('(')[2].rpartition(')')[0]} | {row.parameters:,} | "
-        f"{row.flops:,} | {row.microseconds:,.0f} | {row.rate:g} | {row.losses[0, 1]:.3g} → {row.losses[-1, 1]:.3g} |"
+        f"| `{row.family}` | {defaults(row.task)} | {row.parameters:,} | "
+        f"{row.flops:,} | {row.microseconds:,.0f} | {rate(row)} | {row.losses[0, 1]:.3g} → {row.losses[-1, 1]:.3g} |"
         for row in rows
     ]
     return head + "|---|---|--:|--:|--:|--:|--:|\n" + "\n".join(lines) + "\n"
@@ -165,7 +199,7 @@ def plot(rows: list[Row], path: Path) -> None:
         for losses, label in zip(row.losses.T, ("training", "validation"), strict=True):
             axis.plot(steps, losses, label=label, linewidth=1.2)
         axis.set_yscale("log")
-        axis.set_title(f"{row.family}, Adam at {row.rate:g}", fontsize=9)
+        axis.set_title(f"{row.family}, Adam at {rate(row)}", fontsize=9)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(rows) :]:
@@ -179,16 +213,19 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="families, by commas; prints their rows")
+    parser.add_argument("--keep-times", action="store_true", help="of rows of the page that have the same defaults")
+    parser.add_argument("--rows", type=Path, default=ROOT / "runs/families", help="where measured rows are; to go on")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where tasks.md and tasks.png are")
     arguments = parser.parse_args()
-    rows = []
+    rows, page = [], arguments.docs / "tasks.md"
+    times = kept(page.read_text()) if arguments.keep_times else {}
+    arguments.rows.mkdir(parents=True, exist_ok=True)
     for family in arguments.only.split(",") if arguments.only else sorted(tasks.REGISTRY):
-        rows.append(measure(family))
+        rows.append(once(family, times, arguments.rows / f"{family}.npz"))
         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     if arguments.only:
         print(table(rows), end="")
         return
-    page = arguments.docs / "tasks.md"
     before, _, rest = page.read_text().partition(BEGIN)
     page.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2])
     plot(rows, arguments.docs / "tasks.png")

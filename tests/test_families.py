@@ -207,6 +207,19 @@ def test_tuned_adam_lowers_the_validation_loss_at_the_defaults(family):
     assert losses[-1, 0] < CASES[family].ratio * losses[0, 0]
 
 
+def test_a_rate_at_the_grids_edge_is_marked_and_times_are_kept():
+    task, losses = make("quadratic"), np.ones((2, 2))
+    rows = [benchmark.Row("quadratic", task, 32, 9, 1234.0, at, losses) for at in (0.03, 1.0, 1e-4)]
+    cells = [line.split(" | ") for line in benchmark.table(rows).splitlines()[2:]]
+    assert [row[5] for row in cells] == ["0.03", "1 (edge)", "0.0001 (edge)"]
+    assert benchmark.kept(benchmark.table(rows[:1])) == {("`quadratic`", benchmark.defaults(task)): 1234.0}
+    page = (Path(__file__).parents[1] / "docs/tasks.md").read_text()
+    named = {family.strip("`") for family, _ in benchmark.kept(page)}
+    assert named == set(FAMILIES)
+    for family in FAMILIES:  # the page's defaults are the factory's
+        assert (f"`{family}`", benchmark.defaults(tasks.make(family))) in benchmark.kept(page)
+
+
 def test_flops_are_counted_by_hand():
     """Two products forward and four backward, whatever a loop or a wrapper hides them in."""
 
