@@ -297,7 +297,7 @@ def test_no_example_is_in_two_splits(family):
             else:
                 assert jnp.mean(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0]) < 0.5  # a pole's 1 is equal
         return
-    phi = pick(begun(family)[0], 0)
+    phi = jax.tree.map(jnp.asarray, pick(begun(family)[0], 0))
 
     def examples(held):
         drawn = lambda split: jax.vmap(lambda key: which(task.batch(key, phi, held, split)))(KEYS)  # noqa: E731

@@ -1,8 +1,8 @@
 """Which embedded image sets other arrays are copies of that differ in size, margins, rounding, range or channels.
 
 An image counts as what is left of it in 8 × 8 squares, less its mean and over its norm. Most copies of our images
-correlate with one of ours to 0.99 and more; of 1,000 images each the nearest has 0.975 (MNIST), 0.988 (the digits), 0.58
-(noise) and 0.92 (noise with the spectrum of photographs).
+correlate with one of ours to 0.99 and more; of 1,000 images each the nearest has 0.975 (MNIST), 0.988 (the digits),
+0.58 (noise) and 0.92 (noise with the spectrum of photographs).
 """
 
 from __future__ import annotations
