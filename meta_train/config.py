@@ -55,7 +55,7 @@ Settings = Annotated[
 ]
 
 
-def _require(ok: bool, where: str, got: Any, valid: str) -> None:
+def require(ok: bool, where: str, got: Any, valid: str) -> None:
     if not ok:
         raise ValueError(f"{where}, got {got}; valid: {valid}.")
 
@@ -71,21 +71,21 @@ class Group:
     processes: tuple[int, ...] = ()  # that hold it, where the run has several; none: all of them. Changes no result
 
     def __post_init__(self) -> None:
-        _require(0 < self.weight < math.inf, f"group {self.family}: weight", self.weight, "> 0")
+        require(0 < self.weight < math.inf, f"group {self.family}: weight", self.weight, "> 0")
         got = self.reference_loss
-        _require(0 <= got < math.inf, f"group {self.family}: reference_loss", got, ">= 0, finite")
+        require(0 <= got < math.inf, f"group {self.family}: reference_loss", got, ">= 0, finite")
         held = self.processes
         ok = len(set(held)) == len(held) and all(isinstance(p, int) and p >= 0 for p in held)
-        _require(ok, f"group {self.family}: processes", list(held), "different numbers of processes, from 0")
+        require(ok, f"group {self.family}: processes", list(held), "different numbers of processes, from 0")
 
 
-def _listed(kind: Any, name: str) -> Any:
+def listed(kind: Any, name: str) -> Any:
     """How a command line gives a tuple of dataclasses: as a JSON list."""
 
     def parse(words: list[str]) -> tuple[Any, ...]:
         value = json.loads(words[0], parse_constant=_no_constant)
-        _require(isinstance(value, list), name, repr(words[0]), "a JSON list of objects")
-        return tuple(_build(kind, x, f"{name}.{i}") for i, x in enumerate(value))
+        require(isinstance(value, list), name, repr(words[0]), "a JSON list of objects")
+        return tuple(build(kind, x, f"{name}.{i}") for i, x in enumerate(value))
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -96,7 +96,7 @@ def _listed(kind: Any, name: str) -> Any:
     )
 
 
-Groups = Annotated[tuple[Group, ...], _listed(Group, "validation.tasks")]
+Groups = Annotated[tuple[Group, ...], listed(Group, "validation.tasks")]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Validation:
     def __post_init__(self) -> None:
         for key in ("every", "inner_steps", "seeds"):
             got = getattr(self, key)
-            _require(1 <= got < 2**31, f"validation.{key}", got, "1 to 2^31 - 1")
+            require(1 <= got < 2**31, f"validation.{key}", got, "1 to 2^31 - 1")
         placed = [task.family for task in self.tasks if task.processes]
-        _require(not placed, f"validation.tasks: {placed}: processes", "some", "none, all processes hold them")
+        require(not placed, f"validation.tasks: {placed}: processes", "some", "none, all processes hold them")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Horizon:
     stagger: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.low >= 1, "horizon.low", self.low, ">= 1")
-        _require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
+        require(self.low >= 1, "horizon.low", self.low, ">= 1")
+        require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         where = f"stage from meta-step {self.start}"
-        _require(self.start >= 0, "stages: start", self.start, ">= 0")
-        _require(self.truncation >= 1, f"{where}: truncation", self.truncation, ">= 1")
-        _require(self.low >= 1, f"{where}: low", self.low, ">= 1")
-        _require(self.low <= self.high < 2**31, f"{where}: high", self.high, f"low = {self.low} to 2^31 - 1")
+        require(self.start >= 0, "stages: start", self.start, ">= 0")
+        require(self.truncation >= 1, f"{where}: truncation", self.truncation, ">= 1")
+        require(self.low >= 1, f"{where}: low", self.low, ">= 1")
+        require(self.low <= self.high < 2**31, f"{where}: high", self.high, f"low = {self.low} to 2^31 - 1")
 
 
-Stages = Annotated[tuple[Stage, ...], _listed(Stage, "stages")]
+Stages = Annotated[tuple[Stage, ...], listed(Stage, "stages")]
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,13 @@ class Estimator:
     sign: float = 0.0  # > 0: a pair's mean difference of meta-losses counts as ± this much (VeLO), 0: as it is
 
     def __post_init__(self) -> None:
-        _require(self.pairs >= 1, "estimator.pairs", self.pairs, ">= 1")
-        _require(0 < self.std < math.inf, "estimator.std", self.std, "> 0, finite")
-        _require(self.truncation >= 1, "estimator.truncation", self.truncation, ">= 1")
-        _require(0 <= self.sign < math.inf, "estimator.sign", self.sign, ">= 0, finite")
+        require(self.pairs >= 1, "estimator.pairs", self.pairs, ">= 1")
+        require(0 < self.std < math.inf, "estimator.std", self.std, "> 0, finite")
+        require(self.truncation >= 1, "estimator.truncation", self.truncation, ">= 1")
+        require(0 <= self.sign < math.inf, "estimator.sign", self.sign, ">= 0, finite")
         for part, std in self.std_parts.items():
             ok = isinstance(std, (int, float)) and not isinstance(std, bool) and 0 < std < math.inf
-            _require(ok, f"estimator.std_parts: {part}", std, "> 0, finite")
+            require(ok, f"estimator.std_parts: {part}", std, "> 0, finite")
 
 
 META_SCHEDULES = ("cosine", "linear", "constant")
@@ -202,13 +202,13 @@ class MetaOptimizer:
     def __post_init__(self) -> None:
         for key in ("clip", "clip_norm", "clip_step", "weight_decay"):
             got = getattr(self, key)
-            _require(0 <= got < math.inf, f"meta_optimizer.{key}", got, ">= 0, finite")
-        _require(self.schedule in META_SCHEDULES, "meta_optimizer.schedule", self.schedule, ", ".join(META_SCHEDULES))
-        _require(self.accumulate >= 1, "meta_optimizer.accumulate", self.accumulate, ">= 1")
-        _require(0 <= self.ema < 1, "meta_optimizer.ema", self.ema, "[0, 1)")
-        _require(0 < self.lr < math.inf, "meta_optimizer.lr", self.lr, "> 0, finite")
-        _require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
-        _require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
+            require(0 <= got < math.inf, f"meta_optimizer.{key}", got, ">= 0, finite")
+        require(self.schedule in META_SCHEDULES, "meta_optimizer.schedule", self.schedule, ", ".join(META_SCHEDULES))
+        require(self.accumulate >= 1, "meta_optimizer.accumulate", self.accumulate, ">= 1")
+        require(0 <= self.ema < 1, "meta_optimizer.ema", self.ema, "[0, 1)")
+        require(0 < self.lr < math.inf, "meta_optimizer.lr", self.lr, "> 0, finite")
+        require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
+        require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
 
 
 @dataclass(frozen=True)
@@ -241,24 +241,24 @@ class Run:
     compare: str = ""  # suite of `lopt-eval compare` to run at the end, or none
 
     def __post_init__(self) -> None:
-        _require(len(self.groups) >= 1, "groups", self.groups, "one or more")
+        require(len(self.groups) >= 1, "groups", self.groups, "one or more")
         word = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-        _require(bool(re.fullmatch(word, self.name)), "name", repr(self.name), "letters, digits, '.', '-' and '_'")
-        _require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
-        _require(self.window_steps >= 1, "window_steps", self.window_steps, ">= 1")
-        _require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
-        _require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
-        _require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
-        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        require(bool(re.fullmatch(word, self.name)), "name", repr(self.name), "letters, digits, '.', '-' and '_'")
+        require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
+        require(self.window_steps >= 1, "window_steps", self.window_steps, ">= 1")
+        require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
+        require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         if self.estimator.name not in WHOLE_EPISODES:
             k = self.estimator.truncation
-            _require(self.horizon.low >= k, "horizon.low", self.horizon.low, f">= estimator.truncation = {k}")
+            require(self.horizon.low >= k, "horizon.low", self.horizon.low, f">= estimator.truncation = {k}")
             for stage in self.stages:
                 where = f"stage from meta-step {stage.start}: low"
-                _require(stage.low >= stage.truncation, where, stage.low, f">= its truncation = {stage.truncation}")
+                require(stage.low >= stage.truncation, where, stage.low, f">= its truncation = {stage.truncation}")
         starts = [stage.start for stage in self.schedule()]
-        _require(starts == sorted(set(starts)), "stages: starts", starts[1:], "meta-steps that grow, from 1")
+        require(starts == sorted(set(starts)), "stages: starts", starts[1:], "meta-steps that grow, from 1")
 
     def schedule(self) -> tuple[Stage, ...]:
         """All stages, the first one of meta-step 0 on."""
@@ -277,12 +277,19 @@ class Run:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Run:
         """Inverse of `to_json`. Raises ValueError naming the unknown or missing key."""
-        return _build(cls, tree, "config")
+        return build(cls, tree, "config")
 
 
-def _build(kind: Any, tree: Any, where: str) -> Any:
+PLAIN: dict[Any, tuple[Any, str]] = {
+    tuple[str, ...]: (str, "strings"),
+    tuple[int, ...]: (int, "integers"),
+    tuple[float, ...]: ((int, float), "numbers"),
+}
+
+
+def build(kind: Any, tree: Any, where: str) -> Any:
     """A dataclass from nested dicts and lists, refusing keys it does not have."""
-    _require(isinstance(tree, Mapping), where, repr(tree), "an object")
+    require(isinstance(tree, Mapping), where, repr(tree), "an object")
     hints = typing.get_type_hints(kind)
     for key in tree:
         if key not in hints:
@@ -293,29 +300,29 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
     for key, value in tree.items():
         hint, here = hints[key], f"{where}.{key}"
         if hint == dict[str, Any]:
-            _require(isinstance(value, Mapping), here, repr(value), "an object")
+            require(isinstance(value, Mapping), here, repr(value), "an object")
         elif dataclasses.is_dataclass(hint):
-            value = _build(hint, value, here)
-        elif hint in (tuple[str, ...], tuple[int, ...]):
-            kind_of, name = (str, "strings") if hint == tuple[str, ...] else (int, "integers")
+            value = build(hint, value, here)
+        elif hint in PLAIN:
+            kind_of, name = PLAIN[hint]
             valid = isinstance(value, (list, tuple))
             valid = valid and all(isinstance(x, kind_of) and not isinstance(x, bool) for x in value)
-            _require(valid, here, repr(value), f"a list of {name}")
+            require(valid, here, repr(value), f"a list of {name}")
             value = tuple(value)
         elif isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
-            _require(isinstance(value, (list, tuple)), here, repr(value), "a list")
-            value = tuple(_build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))
+            require(isinstance(value, (list, tuple)), here, repr(value), "a list")
+            value = tuple(build(hint.__args__[0], x, f"{here}.{i}") for i, x in enumerate(value))
         elif hint in (int, float, str, bool):
             allowed = (int, float) if hint is float else (hint,)
             ok = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
-            _require(ok, here, repr(value), hint.__name__)
+            require(ok, here, repr(value), hint.__name__)
         values[key] = value
     missing = [
         f.name
         for f in dataclasses.fields(kind)
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    _require(not missing, where, f"no {', '.join(missing)}", "all keys without a default")
+    require(not missing, where, f"no {', '.join(missing)}", "all keys without a default")
     return kind(**values)
 
 
@@ -362,8 +369,8 @@ def named() -> dict[str, str]:
     return lines
 
 
-def load(name: str) -> Run:
-    """A named config, or one's own.
+def load(name: str) -> Any:
+    """A named config, or one's own: a Run, or the Nowcasting of meta_train.nowcast_config.
 
     Of one's own: a file that defines RUN, package.module:name of a Run or of what returns one, or the config.json of a
     run or of an artifact, which is run again.
@@ -394,17 +401,28 @@ def module(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _recorded(path: str) -> Run:
+def from_json(tree: Any) -> Any:
+    """A Run or a Nowcasting, whichever the tree is of. Raises ValueError naming the unknown or missing key."""
+    if isinstance(tree, Mapping) and "recording" in tree:
+        from meta_train.nowcast_config import Nowcasting
+
+        return Nowcasting.from_json(tree)
+    return Run.from_json(tree)
+
+
+def _recorded(path: str) -> Any:
     """The config of a run or of an artifact. Raises ValueError where there is none."""
     try:
         tree = json.loads(Path(path).read_text())
-        return Run.from_json(tree["provenance"]["run"] if "provenance" in tree else tree)
+        return from_json(tree["provenance"]["run"] if "provenance" in tree else tree)
     except (OSError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"lopt-train: {path}: {e}; valid: the config.json of a run or of an artifact.") from e
 
 
-def _own(name: str) -> Run:
+def _own(name: str) -> Any:
     """A config of the user's. Raises ValueError where it cannot be imported or is none."""
+    from meta_train.nowcast_config import Nowcasting
+
     path, what = (name, "RUN") if name.endswith(".py") else name.rsplit(":", 1)
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -422,9 +440,9 @@ def _own(name: str) -> Run:
         run = found() if callable(found) else found
     except Exception as e:  # whatever a user's module raises
         raise ValueError(f"lopt-train: {name}: {type(e).__name__}: {e}; valid: a file or a module that runs.") from e
-    if not isinstance(run, Run):
+    if not isinstance(run, Run | Nowcasting):
         raise ValueError(
-            f"lopt-train: {name}: {what}, got {type(run).__name__}; valid: a meta_train.config.Run, or a function "
-            "without arguments that returns one."
+            f"lopt-train: {name}: {what}, got {type(run).__name__}; valid: a meta_train.config.Run (of nowcasts a "
+            "meta_train.nowcast_config.Nowcasting), or a function without arguments that returns one."
         )
     return run

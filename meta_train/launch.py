@@ -27,6 +27,7 @@ import tyro
 from lopt.console import fail, prepare_jax, span
 from meta_train import config as cfg
 from meta_train.estimators import WHOLE_EPISODES
+from meta_train.nowcast_config import Nowcasting
 
 T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`
@@ -45,7 +46,8 @@ USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; 
 
        with --distributed, CONFIG and resume join the other processes of a run: docs/scaling.md
 
-A run directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/, artifact/ and pictures."""
+A run directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/, artifact/ and pictures; of
+nowcasts also trajectories/, the runs that were recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Launch:
     out: str = ""  # run directory; must not exist. Default: the first free runs/NAME, runs/NAME-2, ...
     dry_run: bool = False  # say what the run would be, how fast and how long, and write nothing
     profile: bool = False  # write a JAX trace of some meta-steps into the run directory
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchNowcasts:
+    """Record training runs, and meta-train networks that predict where they go."""
+
+    run: Annotated[Nowcasting, tyro.conf.arg(name="")]
+    out: str = ""  # run directory; must not exist. Default: the first free runs/NAME, runs/NAME-2, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +164,8 @@ def _one_line(box: str) -> str:
 
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
+    if isinstance(cfg.load(name), Nowcasting):
+        return _start_nowcasts(name, args)
     launch = parse(name, args)
     if launch.dry_run:
         run = _in_one_place(_pinned(launch.run))
@@ -173,9 +185,7 @@ def start(name: str, args: list[str]) -> int:
         def make() -> None:
             nonlocal folder
             folder = _new_folder(launch.out, run.name)
-            partial = folder / ".config.json.partial"
-            partial.write_text(json.dumps(run.to_json(), indent=2) + "\n")
-            partial.replace(folder / "config.json")
+            _write_config(folder, run)
             if run.init_from:  # the run can then go on wherever it came from
                 from lopt.pretrained import find
 
@@ -184,6 +194,24 @@ def start(name: str, args: list[str]) -> int:
         _by_the_first(writes, make)
         with _locked(folder) if writes else contextlib.nullcontext():
             return _go(run, program, folder, profile=launch.profile and writes)
+
+
+def _start_nowcasts(name: str, args: list[str]) -> int:
+    launch = _cli(LaunchNowcasts, args, f"lopt-train {name}", default=LaunchNowcasts(cfg.load(name)))
+    prepare_jax()
+    from meta_train import nowcast
+
+    run = nowcast.pinned(launch.run)  # every name is known to be good from here on
+    folder = _new_folder(launch.out, run.name)
+    _write_config(folder, run)
+    with _locked(folder):
+        return nowcast.go(run, folder)
+
+
+def _write_config(folder: Path, run: Any) -> None:
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(run.to_json(), indent=2) + "\n")
+    partial.replace(folder / "config.json")
 
 
 @contextlib.contextmanager
@@ -274,6 +302,14 @@ def _in_one_place(run: cfg.Run) -> cfg.Run:
 def resume(args: Resume) -> int:
     """Go on where the newest good checkpoint is."""
     folder, run = _read_run(args.directory)
+    if isinstance(run, Nowcasting):
+        if args.join != Join():
+            raise ValueError("lopt-train resume: nowcasts are trained in one process; valid: no --distributed.")
+        prepare_jax()
+        from meta_train import nowcast
+
+        with _locked(folder):
+            return nowcast.go(run, folder)
     with _joined(args.join) as writes, _locked(folder) if writes else contextlib.nullcontext():
         return _go(run, _build(run, folder), folder)
 
@@ -284,6 +320,13 @@ def export(args: Export) -> int:
     target = Path(args.to) if args.to else folder / "artifact"
     if args.to and target.exists():
         raise ValueError(f"lopt-train export: {target} exists; valid: a new folder.")
+    if isinstance(run, Nowcasting):
+        prepare_jax()
+        from meta_train import nowcast
+
+        for line in nowcast.export(run, nowcast.read_state(run, folder), target, last=args.last):
+            print(line)
+        return 0
     program = _build(_in_one_place(run), folder)
     from meta_train import artifact, loop
     from meta_train.checkpoint import Checkpoints
@@ -301,7 +344,7 @@ def export(args: Export) -> int:
     return 0
 
 
-def _read_run(directory: str) -> tuple[Path, cfg.Run]:
+def _read_run(directory: str) -> tuple[Path, Any]:
     folder = Path(directory)
     path = folder / "config.json"
     try:
@@ -309,7 +352,7 @@ def _read_run(directory: str) -> tuple[Path, cfg.Run]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"lopt-train: {directory} is not a run directory: {path}: {e}.") from None
     try:
-        return folder, cfg.Run.from_json(tree)
+        return folder, cfg.from_json(tree)
     except TypeError as e:
         raise ValueError(f"lopt-train: {path} is damaged: {e}.") from None
 

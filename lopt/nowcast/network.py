@@ -8,7 +8,7 @@ Differs from the paper: the third layer of the released weights is left out, sin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -196,16 +196,50 @@ def apply_gnn(
       positions: [V, 8] Laplacian encodings, None: zeros.
       words: [V] 0, or 1 + token.
     """
+    parts = [(features, types)]
+    (out,) = apply_parts(network, theta, parts, edges, count, positions=positions, words=words, full=True)
+    return out
+
+
+def apply_parts(
+    network: Network,
+    theta: Any,
+    parts: Sequence[tuple[Any, Any]],
+    edges: Int[Array, "2 E"],
+    count: int,
+    *,
+    positions: Any = None,
+    words: Any = None,
+    full: bool = False,
+) -> list[jax.Array]:
+    """The same of edges in parts, one after the other, of different numbers of taps: [E_i, ..., taps_i, horizons] each.
+
+    Args:
+      network, theta, edges, count, positions, words: see `apply_gnn`.
+      parts: features [E_i, ..., D_i] and types [E_i] of each; axes between are of windows, which share the edges. They
+        come last in memory, so that a sum over edges moves them together.
+      full: all taps of the network for each part, whatever its features.
+    """
     source, target = edges
-    degree = jax.ops.segment_sum(jnp.ones(len(target)), target, count)[:, None]
-    x, e = nodes(theta, count, positions, words), encode(theta, features, types)
+    between = (1,) * (parts[0][0].ndim - 2)
+    degree = jax.ops.segment_sum(jnp.ones(len(target)), target, count).reshape(-1, *between, 1)
+    x = nodes(theta, count, positions, words)
+    x = x.reshape(count, *between, x.shape[-1])
+    e = jnp.concatenate([encode(theta, f, jnp.asarray(kinds).reshape(-1, *between)) for f, kinds in parts])
     for layer in theta["layers"]:
         ends = before(layer, x)
         m = message(layer, e, ends.source[source], ends.target[target])
+        x = jnp.broadcast_to(x, (count, *e.shape[1:]))
         x = move_nodes(layer, x, jax.ops.segment_sum(m, target, count) / degree)
         ends = after(layer, x)
         e = move_edges(layer, e, ends.source[source], ends.target[target])
-    return head(theta, e, network.settings["horizons"], None, network.settings["taps"])
+    out, start = [], 0
+    for features, _ in parts:
+        stop = start + len(features)
+        taps = network.settings["taps"] if full else features.shape[-1] // network.settings["context"]
+        out.append(head(theta, e[start:stop], network.settings["horizons"], None, taps))
+        start = stop
+    return out
 
 
 def apply_wnn(theta: Any, states: Float[Array, "... T"], types: Any, at: Int[Array, "K"] | None = None) -> jax.Array:
