@@ -3,8 +3,10 @@
     python benchmarks/nowcast.py memory                 # XLA's memory analysis at 1 M and 10 M parameters, two minutes
     python benchmarks/nowcast.py parity --shared DIR    # every recorded prediction, two minutes
     python benchmarks/nowcast.py compare --shared DIR   # the released weights against Adam and lines, some minutes
+    python benchmarks/nowcast.py heldout --shared DIR   # ours and the released ones on held-out tasks, half an hour
 
-DIR holds parity/nino and weights/nino. docs/nowcast.md has the tables.
+DIR holds parity/nino and weights/nino; `heldout` runs without it too, and then without the released weights.
+docs/nowcast.md and checkpoints/nino-small/README.md have the tables.
 """
 
 from __future__ import annotations
@@ -176,11 +178,24 @@ def compare(shared: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("memory", "parity", "compare"))
+    parser.add_argument("what", choices=("memory", "parity", "compare", "heldout"))
     parser.add_argument("--shared", type=Path, help="folder of parity/nino and weights/nino")
+    add = parser.add_argument_group("heldout").add_argument
+    add("--out", type=Path, default=Path("runs/nowcast-heldout"), help="folder of what is done, to go on from")
+    add("--gnn", default="nino-small", help="name or folder of weights")
+    add("--wnn", default="wnn-small", help="the same")
+    add("--only", nargs="+", default=[], help="parts of names of tasks")
+    add("--plot", type=Path, help="picture to write of the tasks of --only")
     args = parser.parse_args()
-    if args.what != "memory" and args.shared is None:
+    if args.what in ("parity", "compare") and args.shared is None:
         parser.error(f"{args.what} needs --shared")
+    if args.what == "heldout":
+        import nowcast_heldout as H
+
+        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only)
+        if args.plot:
+            H.plot(args.out, args.gnn, args.wnn, args.plot, [n for n in H.TASKS if any(w in n for w in args.only)])
+        return
     {"memory": memory, "parity": lambda: parity(args.shared), "compare": lambda: compare(args.shared)}[args.what]()
 
 

@@ -37,14 +37,22 @@ def _zoo() -> Path:
     return installed if installed.is_dir() else package.parent / "checkpoints"
 
 
-def available() -> list[str]:
-    """Names that `load` knows."""
-    return sorted(path.parent.name for path in _zoo().glob(f"*/{CONFIG}"))
+def available(*, nowcasts: bool = False) -> list[str]:
+    """Names that `load` knows; or those of nowcast networks, which `lopt.nowcast.read` knows."""
+    named = {path.parent.name: path for path in _zoo().glob(f"*/{CONFIG}")}
+    return sorted(name for name, path in named.items() if _of_nowcasts(path.parent) == nowcasts)
+
+
+def _of_nowcasts(folder: Path) -> bool:
+    try:
+        return str(json.loads((folder / CONFIG).read_bytes())["rule"]).startswith("nowcast.")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whoever loads it is told
 
 
 def find(name: str | os.PathLike[str]) -> Path:
     """Folder of a shipped name or of a path. Raises ValueError listing the known names, the nearest first."""
-    known = available()
+    known = available() + available(nowcasts=True)
     if str(name) in known:
         return _zoo() / str(name)
     path = Path(name)
@@ -64,6 +72,8 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
     """
     folder = find(name)
     config = read_config(folder)
+    if _of_nowcasts(folder):
+        raise ValueError(f"lopt.load: {folder} holds a network of nowcasts; valid: lopt.nowcast.read({str(name)!r}).")
     try:
         rule = rules.make(config["rule"], **config["settings"])
     except (TypeError, ValueError) as e:

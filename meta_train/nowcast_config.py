@@ -152,7 +152,7 @@ class Nowcasting:
     layers: int = 2  # of message passing
     horizons: int = 40  # windows of recorded states ahead, in strides
     context: int = 5  # states of a window
-    init_std: float = 0.1  # of the weights at the start
+    init_gain: float = 1.0  # matrices begin with deviation gain / sqrt(inputs): at N(0, .02) narrow networks are mute
     training: Training = Training()
     validation: Validation = Validation()
     allow_held_out: bool = False  # record what tasks.HELD_OUT and tasks.DEV keep for evaluation
@@ -169,7 +169,7 @@ class Nowcasting:
         for name in ("hidden", "layers", "horizons", "log_every", "checkpoint_every"):
             _whole(name, getattr(self, name))
         _whole("context", self.context, 2)
-        _positive("init_std", self.init_std)
+        _positive("init_gain", self.init_gain)
         require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
         require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
         for group in self.recording.groups:

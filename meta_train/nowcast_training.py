@@ -110,6 +110,9 @@ def wiring(leaves: Sequence[Sequence[Any]], heads: int, taps: int) -> Wiring:
     return Wiring(tuple(parts), np.zeros(count, np.int8), tensor.astype(np.int32), member, kinds)
 
 
+HEAD = 0.1  # of the gain: the networks begin near to predicting that nothing changes
+
+
 def networks(run: Nowcasting) -> dict[str, N.Network]:
     """As they begin."""
     made = {}
@@ -117,8 +120,13 @@ def networks(run: Nowcasting) -> dict[str, N.Network]:
         settings = {"hidden": run.hidden, "horizons": run.horizons, "context": run.context}
         settings |= {"layers": run.layers} if name == "gnn" else {}
         network = nowcast.make(name, jax.random.fold_in(jax.random.key(run.seed), i), **settings)
-        scaled = jax.tree.map(lambda x: x * (run.init_std / 0.02), network.theta)
-        made[name] = network._replace(theta=scaled)
+        matrices = {id(layer["w"]) for layer in (network.theta["head"] if name == "gnn" else network.theta["mlp"])[-1:]}
+
+        def larger(x: Any, last: Any = matrices) -> Any:
+            fan_in = x.shape[0] if x.ndim == 2 else 1
+            return x * (run.init_gain * (HEAD if id(x) in last else 1.0) / (0.02 * fan_in**0.5))
+
+        made[name] = network._replace(theta=jax.tree.map(larger, network.theta))
     return made
 
 

@@ -222,7 +222,7 @@ def apply_parts(
     """
     source, target = edges
     between = (1,) * (parts[0][0].ndim - 2)
-    degree = jax.ops.segment_sum(jnp.ones(len(target)), target, count).reshape(-1, *between, 1)
+    degree = jnp.maximum(jax.ops.segment_sum(jnp.ones(len(target)), target, count), 1).reshape(-1, *between, 1)
     x = nodes(theta, count, positions, words)
     x = x.reshape(count, *between, x.shape[-1])
     e = jnp.concatenate([encode(theta, f, jnp.asarray(kinds).reshape(-1, *between)) for f, kinds in parts])

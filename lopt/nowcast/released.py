@@ -25,8 +25,8 @@ def read(source: str | os.PathLike[str], *, lr: float | None = None, sha256: str
     """A network with its weights.
 
     Args:
-      source: the folder of an artifact, or an .npz of arrays named as in the released state dict, Linear weights
-        (out, in). No pickle is read.
+      source: a shipped name (nino-small, wnn-small), the folder of an artifact or of a run, or an .npz of arrays named
+        as in the released state dict, Linear weights (out, in). No pickle is read.
       lr: learning rate of the base optimizer of its meta-training; None: what the artifact says.
       sha256: the file's, hex; checked if given.
 
@@ -34,8 +34,8 @@ def read(source: str | os.PathLike[str], *, lr: float | None = None, sha256: str
       ValueError: naming the file and what is wrong with it.
     """
     path = Path(source)
-    if path.is_dir():
-        return _artifact(path, lr)
+    if path.suffix != ".npz":
+        return _artifact(pretrained.find(source), lr)
     arrays = _npz(path, sha256)
     try:
         name, settings, theta = _of_released(arrays)
