@@ -104,8 +104,8 @@ def _train(
     checkpoints = Checkpoints(folder / "checkpoints", run.identity(), f"{jax.device_count()} devices")
     state = training.replicated(run, training.init(run))
     at, saved, remarks = checkpoints.restore(jax.eval_shape(lambda: state))
-    for line in remarks:
-        say(line)
+    for remark in remarks:
+        say(remark)
     checkpoints.drop_after(at)
     if at >= 0:
         state = training.replicated(run, saved)

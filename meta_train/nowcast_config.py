@@ -193,7 +193,7 @@ class Nowcasting:
 
 def recording_identity(run: Nowcasting) -> str:
     """sha256 of all that the recorded states depend on."""
-    recording = dataclasses.asdict(run.recording)
+    recording: dict[str, Any] = dict(dataclasses.asdict(run.recording))
     for group in recording["groups"]:
         del group["weight"], group["heads"]
     del recording["held"]

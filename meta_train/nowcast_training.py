@@ -16,7 +16,7 @@ from lopt import nowcast
 from lopt.console import compiler_options
 from lopt.nowcast import network as N
 from lopt.nowcast import predict, wrapper
-from lopt.nowcast.graph import floating
+from lopt.nowcast.proofs import floating
 from meta_train.nowcast_config import Nowcasting
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def wiring(leaves: Sequence[Sequence[Any]], heads: int, taps: int) -> Wiring:
     width = padded(int(stops[-1]))
     tensor = np.pad(np.repeat(np.arange(len(sizes)), sizes), (0, width - stops[-1]), constant_values=len(sizes))
     member = np.eye(-(-(len(sizes) + 1) // LEAVES) * LEAVES, dtype=np.float32)[tensor]
-    kinds = wrapper._kinds(graph, params)
+    kinds = wrapper.types_of(graph, params)
     flat = [np.broadcast_to(np.ravel(kind), (n,)) for kind, n in zip(kinds, sizes, strict=True)]
     kinds = np.pad(np.concatenate(flat).astype(np.int32), (0, width - stops[-1]))
     return Wiring(tuple(parts), np.zeros(count, np.int8), tensor.astype(np.int32), member, kinds)
@@ -145,7 +145,7 @@ def predictions(
         parts.append((features.reshape(*features.shape[:2], -1), part.kind))
     edges = jnp.stack([jnp.concatenate([getattr(p, end) for p in wired.parts]) for end in ("source", "target")])
     out = N.apply_parts(network, theta, parts, edges, len(wired.neurons))
-    return [(x, part.place) for x, part in zip(out, wired.parts, strict=True)]
+    return [(x, jnp.asarray(part.place)) for x, part in zip(out, wired.parts, strict=True)]
 
 
 def scaled(windows: Float[Array, "P B S"], context: int, wired: Wiring) -> tuple[Any, Any]:

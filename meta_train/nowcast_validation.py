@@ -20,7 +20,7 @@ from lopt.console import compiler_options
 from meta_train.nowcast_config import Nowcasting
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Float
 
 SMOOTH = 5  # evaluations, of whose losses the median counts
 NEVER = 1.5  # steps, in those of the run, of a run that does not get there
@@ -85,7 +85,7 @@ def runner(
     return run
 
 
-def smoothed(losses: Float[Array, "E"]) -> np.ndarray:
+def smoothed(losses: Float[np.ndarray, "E"]) -> np.ndarray:
     """[E] median of the last SMOOTH values up to each; of fewer at the beginning.
 
     >>> smoothed(np.array([3.0, 1.0, 2.0])).tolist()
@@ -95,7 +95,7 @@ def smoothed(losses: Float[Array, "E"]) -> np.ndarray:
     return np.array([np.median(x[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(x))])
 
 
-def steps_to(losses: Float[Array, "E"], target: float, every: int) -> float:
+def steps_to(losses: Float[np.ndarray, "E"], target: float, every: int) -> float:
     """Inner steps until the smoothed loss is at most the target; inf if it never is.
 
     >>> steps_to(np.array([3.0, 1.0, 1.0, 1.0]), 1.5, 10), steps_to(np.array([3.0]), 1.5, 10)

@@ -288,8 +288,8 @@ class _Records:
     def __len__(self) -> int:
         return len(self._which)
 
-    def __getitem__(self, at: int) -> np.ndarray:
-        number = self._which[at]
+    def __getitem__(self, index: int) -> np.ndarray:
+        number = self._which[index]
         x = np.frombuffer(self._held[number], self._dtype).reshape(-1, self._one.parameters)
         return x[: int(self._one.trajectories[number]["states"])]
 
@@ -326,7 +326,7 @@ def batches(run: Nowcasting, folder: Path, held: Sequence[Held], *, first: int =
     return iter(mixed.slice(slice(first, len(mixed))).to_iter_dataset(options))
 
 
-def _span(run: Nowcasting, number: int, states: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _span(run: Nowcasting, number: int, states: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """Consecutive states of a trajectory, from anywhere in it."""
     least = run.context + run.training.windows
     fit = [stride for stride in run.training.strides if least * stride <= len(states)] or [1]

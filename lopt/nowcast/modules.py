@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lopt.nowcast.graph import floating
+from lopt.nowcast.proofs import floating
 
 KERNELS, BIASES, TABLES = ("kernel", "w", "weight"), ("bias", "b", "offset", "beta"), ("embedding", "embeddings")
 SCALES = ("scale", "gamma", "weight")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lopt.nowcast.graph import Graph, Nodes
-from lopt.nowcast.modules import TABLES, Module, doubt, first_named
+from lopt.nowcast.modules import KERNELS, TABLES, Module, doubt, first_named
 
 QUERY, KEY = ("query", "q", "q_proj", "wq", "to_q"), ("key", "k", "k_proj", "wk", "to_k")
 VALUE, FUSED = ("value", "v", "v_proj", "wv", "to_v"), ("c_attn", "qkv", "qkv_proj", "in_proj", "attn_qkv")

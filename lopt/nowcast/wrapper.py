@@ -16,7 +16,8 @@ import optax
 
 from lopt.nowcast import network as N
 from lopt.nowcast import predict
-from lopt.nowcast.graph import Graph, floating
+from lopt.nowcast.graph import Graph
+from lopt.nowcast.proofs import floating
 from lopt.nowcast.transform import Nowcaster, Predictor, Settings, nowcaster
 
 
@@ -170,7 +171,7 @@ def wnn(
     _counted("wnn", upd_scale, tile=(tile, 1))
 
     def predictor(params: Any) -> Predictor:
-        kinds = _kinds(None if graph is None else graph if isinstance(graph, Graph) else graph(params), params)
+        kinds = types_of(None if graph is None else graph if isinstance(graph, Graph) else graph(params), params)
 
         def changes(history: list[jax.Array], at: jax.Array) -> list[Any]:
             scales = [N.statistics(h) for h in history]
@@ -223,13 +224,14 @@ def linefit(
 
     Args:
       base_tx, max_steps, period, context, loss_fn, margin, slack, probe, guard, cap, power, reset_moments: see `nino`.
-      factor: of the horizon; the slope is that of least squares over the states, a capture interval.
+      factor: of the horizon, a number or a traced one; the slope is that of least squares over the states, a capture interval.
       farthest: k of the first nowcast.
 
     Raises:
       ValueError: on a setting without meaning.
     """
-    if not np.isfinite(factor) or context < 2:
+    traced = isinstance(factor, jax.core.Tracer)  # as where a run is compiled once for several factors
+    if context < 2 or not (traced or np.isfinite(factor)):
         raise ValueError(f"lopt.nowcast.linefit: factor, context, got {factor}, {context}; valid: finite, >= 2.")
 
     def predictor(params: Any) -> Predictor:
@@ -302,7 +304,7 @@ def _kind_by_rank(path: str, shape: Sequence[int]) -> int:
     return N.FC if len(shape) == 2 else N.CONV
 
 
-def _kinds(graph: Graph | None, params: Any) -> list[Any]:
+def types_of(graph: Graph | None, params: Any) -> list[Any]:
     """A type a leaf, or an array of them where a leaf holds weights of several."""
     shapes = dict(floating(params))
     kinds: dict[str, Any] = {path: _kind_by_rank(path, shape) for path, shape in shapes.items()}
