@@ -31,17 +31,12 @@ _TEXT = {"data": "python_source", "length": 16, "batch_size": 16}
 TASKS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "MLP 64-64, fashion10k": ("image_mlp", {"data": "fashion10k", "size": 8, "hidden": (64, 64)}, None),
     "CNN 8-16, fashion10k": ("cnn", {"data": "fashion10k", "size": 8, "channels": (8, 16), "batch_size": 32}, None),
-    "residual CNN, rgb_patches": (
-        "resnet",
-        {"data": "rgb_patches", "size": 8, "channels": (4, 8), "batch_size": 32},
-        None,
-    ),
     "GRU 32, python_source": ("rnn_lm", {**_TEXT, "width": 32, "embedding": 16}, None),
     "transformer 32, python_source": ("transformer_lm", {**_TEXT, "depth": 1, "width": 32, "heads": 2}, 2),
     "coordinate MLP 32-32, fashion10k": ("coordinate_mlp", {"data": "fashion10k", "hidden": (32, 32)}, None),
-    "ViT 2 × 32, fashion10k": (
+    "ViT 32, fashion10k": (
         "vit",
-        {"data": "fashion10k", "size": 8, "patch": 4, "depth": 2, "width": 32, "batch_size": 32},
+        {"data": "fashion10k", "size": 8, "patch": 4, "depth": 1, "width": 32, "batch_size": 32},
         2,
     ),
 }
@@ -50,38 +45,29 @@ TASKS: dict[str, tuple[str, dict[str, Any], int | None]] = {
 def methods(shared: Path | None, gnn: str, wnn: str) -> dict[str, tuple[str, Any, dict[str, Any]]]:
     """By name: kind, network, settings of the wrapper."""
     free, guarded = {"guard": False}, {"guard": True, "probe": PROBE, "slack": SLACK}
-    ours: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    found: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "Adam, tuned": ("adam", None, {}),
         "Linefit, factor tuned": ("linefit", None, free),
-        "Linefit, guard": ("linefit", None, guarded),
+    }
+    if shared is not None:
+        found["NiNo, released"] = ("nino", nowcast.read(shared / "weights/nino/nino_no_posw.npz"), free)
+    return found | {
         "WNN, ours": ("wnn", nowcast.read(wnn), free),
-        "WNN, ours, guard": ("wnn", nowcast.read(wnn), guarded),
         "NiNo, ours": ("nino", nowcast.read(gnn), free),
         "NiNo, ours, guard": ("nino", nowcast.read(gnn), guarded),
     }
-    if shared is None:
-        return ours
-    released = nowcast.read(shared / "weights/nino/nino_no_posw.npz")
-    return ours | {"NiNo, released": ("nino", released, free), "NiNo, released, guard": ("nino", released, guarded)}
 
 
 def transform(
-    kind: str,
-    network: Any,
-    how: dict[str, Any],
-    factor: float,
-    heads: int | None,
-    params: Any,
-    loss_fn: Any,
-    given: Any,
+    kind: str, network: Any, how: dict[str, Any], heads: int | None, params: Any, loss_fn: Any, given: Any
 ) -> optax.GradientTransformation:
-    """given: lr and theta, arguments of the compiled run, so that other weights need no other program."""
+    """given: lr, factor and theta, arguments of the compiled run, so that others need no other program."""
     adam = optax.adam(given["lr"])
     if kind == "adam":
         return adam
     every: dict[str, Any] = dict(max_steps=STEPS, period=PERIOD, loss_fn=loss_fn) | how
     if kind == "linefit":
-        return nowcast.linefit(adam, factor=factor, **every)
+        return nowcast.linefit(adam, factor=given["factor"], **every)
     every["network"] = network._replace(theta=given["theta"])
     if kind == "wnn":
         return nowcast.wnn(adam, **every)
@@ -106,11 +92,13 @@ class Cells:
         asked |= dict(steps=STEPS, period=PERIOD, every=EVERY, task=self.task.name, version=self.task.version)
         path = self.folder / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]}.json"
         if not path.exists():
-            key = (kind, factor, "" if network is None else str(network.settings), json.dumps(how))
+            key = (kind, "" if network is None else str(network.settings), json.dumps(how))
             if key not in self.compiled:
-                make = partial(transform, kind, network, how, factor, self.heads)
+                make = partial(transform, kind, network, how, self.heads)
                 self.compiled[key] = runner(self.task, make, steps=STEPS, every=EVERY, splits=SPLITS)
-            seen = self.compiled[key](self.task.data, dict(lr=jnp.float32(lr), theta=theta), seed)
+            seen = self.compiled[key](
+                self.task.data, dict(lr=jnp.float32(lr), factor=jnp.float32(factor), theta=theta), seed
+            )
             counts = {k: int(v) for k, v in seen.counts._asdict().items()} if seen.counts else {}
             record = asked | {"losses": np.asarray(seen.losses, np.float64).round(6).tolist(), "counts": counts}
             path.write_text(json.dumps(record))

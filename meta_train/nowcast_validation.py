@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SMOOTH = 5  # evaluations, of whose losses the median counts
 NEVER = 1.5  # steps, in those of the run, of a run that does not get there
-ROWS = 2048  # of a fixed evaluation set, at most
+ROWS = 512  # of a fixed evaluation set, at most
 
 # (params, loss_fn, theta) -> transform; loss_fn: params -> loss on one validation batch, for guards
 Make = Callable[[Any, Callable[[Any], Any], Any], optax.GradientTransformation]

@@ -224,7 +224,8 @@ def linefit(
 
     Args:
       base_tx, max_steps, period, context, loss_fn, margin, slack, probe, guard, cap, power, reset_moments: see `nino`.
-      factor: of the horizon, a number or a traced one; the slope is that of least squares over the states, a capture interval.
+      factor: of the horizon, a number or a traced one; the slope is that of least squares over the states, a capture
+        interval.
       farthest: k of the first nowcast.
 
     Raises:
