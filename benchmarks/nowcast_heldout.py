@@ -26,6 +26,7 @@ from meta_train.nowcast_validation import runner, smoothed, steps_to
 STEPS, PERIOD, EVERY, SEEDS, TUNING = 3000, 250, 25, 3, 100
 FACTORS = (0.05, 0.1, 0.25, 0.5, 1.0)
 PROBE, SLACK = 5, 0.0  # of the guard
+ROWS = 500  # of validation and of test, or windows of text, that losses are of; at most
 SPLITS: Any = ("validation", "test")
 _TEXT = {"data": "python_source", "length": 16, "batch_size": 16}
 TASKS: dict[str, tuple[str, dict[str, Any], int | None]] = {
@@ -95,7 +96,7 @@ class Cells:
             key = (kind, "" if network is None else str(network.settings), json.dumps(how))
             if key not in self.compiled:
                 make = partial(transform, kind, network, how, self.heads)
-                self.compiled[key] = runner(self.task, make, steps=STEPS, every=EVERY, splits=SPLITS)
+                self.compiled[key] = runner(self.task, make, steps=STEPS, every=EVERY, splits=SPLITS, rows=ROWS)
             seen = self.compiled[key](
                 self.task.data, dict(lr=jnp.float32(lr), factor=jnp.float32(factor), theta=theta), seed
             )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SMOOTH = 5  # evaluations, of whose losses the median counts
 NEVER = 1.5  # steps, in those of the run, of a run that does not get there
-ROWS = 512  # of a fixed evaluation set, at most
+ROWS = 2048  # of a fixed evaluation set, at most
 
 # (params, loss_fn, theta) -> transform; loss_fn: params -> loss on one validation batch, for guards
 Make = Callable[[Any, Callable[[Any], Any], Any], optax.GradientTransformation]
@@ -37,16 +37,22 @@ class Run(NamedTuple):
     counts: Any  # of the guard, or ()
 
 
-def evaluation(task: tasks.Task, key: Any, phi: Any, data: Any, split: tasks.Split) -> Any:
+def evaluation(task: tasks.Task, key: Any, phi: Any, data: Any, split: tasks.Split, rows: int = ROWS) -> Any:
     """Batches with a leading axis that a run is judged on: the task's fixed ones where it has them, or 16 drawn."""
     if task.eval_batches is not None and (fixed := task.eval_batches(phi, data, split)) is not None:
         count, size = jax.tree.leaves(fixed)[0].shape[:2]
-        return jax.tree.map(lambda x: x[: max(1, min(count, ROWS // max(size, 1)))], fixed)
+        return jax.tree.map(lambda x: x[: max(1, min(count, rows // max(size, 1)))], fixed)
     return jax.vmap(lambda k: task.batch(k, phi, data, split))(jax.random.split(key, 16))
 
 
 def runner(
-    task: tasks.Task, make: Make, *, steps: int, every: int, splits: Sequence[tasks.Split] = ("validation",)
+    task: tasks.Task,
+    make: Make,
+    *,
+    steps: int,
+    every: int,
+    splits: Sequence[tasks.Split] = ("validation",),
+    rows: int = ROWS,
 ) -> Callable[..., Any]:
     """`run(data, theta, seed) -> Run` of losses [splits, steps // every], jitted; a seed says init and batches.
 
@@ -60,7 +66,7 @@ def runner(
         phi = task.sample(keys[0])
         params = task.init(keys[1], phi)
         some = jax.vmap(lambda key: task.batch(key, phi, data, "validation"))(jax.random.split(keys[2], 4))
-        final = [evaluation(task, keys[3], phi, data, split) for split in splits]
+        final = [evaluation(task, keys[3], phi, data, split, rows) for split in splits]
 
         def mean(batches: Any, params: Any) -> Any:
             return jnp.mean(jax.lax.map(lambda batch: task.loss(params, keys[4], phi, batch), batches))
