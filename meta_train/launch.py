@@ -123,9 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(name: str, args: list[str]) -> Launch:
+def parse(name: str, args: list[str]) -> Launch | LaunchNowcasts:
     """A named config with keys replaced by the command line. Raises ValueError in one line."""
     run = cfg.load(name)
+    if isinstance(run, Nowcasting):
+        return _cli(LaunchNowcasts, args, f"lopt-train {name}", default=LaunchNowcasts(run))
     # Before the rest is parsed, since the keys of groups are there for as many groups as there are.
     own = [b for a, b in itertools.pairwise(args) if a == "--task"]
     own += [word.removeprefix("--task=") for word in args if word.startswith("--task=")]
@@ -164,9 +166,9 @@ def _one_line(box: str) -> str:
 
 def start(name: str, args: list[str]) -> int:
     """A new run in a new directory."""
-    if isinstance(cfg.load(name), Nowcasting):
-        return _start_nowcasts(name, args)
     launch = parse(name, args)
+    if isinstance(launch, LaunchNowcasts):
+        return _start_nowcasts(launch)
     if launch.dry_run:
         run = _in_one_place(_pinned(launch.run))
         program = _build(run)
@@ -196,8 +198,7 @@ def start(name: str, args: list[str]) -> int:
             return _go(run, program, folder, profile=launch.profile and writes)
 
 
-def _start_nowcasts(name: str, args: list[str]) -> int:
-    launch = _cli(LaunchNowcasts, args, f"lopt-train {name}", default=LaunchNowcasts(cfg.load(name)))
+def _start_nowcasts(launch: LaunchNowcasts) -> int:
     prepare_jax()
     from meta_train import nowcast
 

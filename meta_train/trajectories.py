@@ -280,7 +280,7 @@ class _Records:
     """Some records of a file, for Grain: number and states."""
 
     def __init__(self, path: Path, one: Held, which: Sequence[int], dtype: str):
-        from grain.sources import ArrayRecordDataSource
+        from grain.python import ArrayRecordDataSource
 
         self._held = ArrayRecordDataSource([str(path)])
         self._one, self._which, self._dtype = one, list(which), jnp.dtype(dtype)

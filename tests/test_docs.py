@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 NOWCAST = [f"lopt.nowcast.{name}" for name in ("builders", "graph", "transform")]
+NOWCAST += ["meta_train.nowcast_training", "meta_train.nowcast_validation"]
 MODULES = ["lopt.mup", "lopt.pretrained", "tasks.data", "tasks.data.tfds", "tasks.held_out", *NOWCAST]
 
 
@@ -75,7 +76,8 @@ def test_the_commands_of_the_pages_can_be_typed(tmp_path, monkeypatch):
     assert any(words[0] == "mixture" for words in commands)
     for words in commands:
         name, arguments = ("quickstart", words) if words[0].startswith("--") else (words[0], words[1:])
-        assert launch.parse(name, arguments).run.groups, words
+        run = launch.parse(name, arguments).run
+        assert getattr(run, "recording", run).groups, words
     assert ["my_run.py"] in commands
     with pytest.raises(ValueError, match="unknown config 'my-mixture'"):
         launch.parse("my-mixture", [])

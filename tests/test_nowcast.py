@@ -189,10 +189,14 @@ def all_at_once(network, graph, params, history, at):
     return [x.reshape(len(at), *np.shape(params[k])) for k, x in found.items()]
 
 
-@pytest.mark.parametrize("small", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 10**6))])
-def test_tiles_are_the_whole(small):
+# A second layer sends on what the first one moved: its tiles compute the edges' vectors anew.
+SLOWER = [pytest.param(small, layers, marks=pytest.mark.slow) for small in (0, 6, 10**6) for layers in (1, 2)]
+
+
+@pytest.mark.parametrize(("small", "layers"), [(6, 1), *(x for x in SLOWER if x.values != (6, 1))])
+def test_tiles_are_the_whole(small, layers):
     """Packed edges and tiles that do not divide their matrix give what all edges at once give."""
-    network, (graph, params) = made(layers=1), net()
+    network, (graph, params) = made(layers=layers), net()
     keys = jax.random.split(jax.random.key(1), len(params))
     history = [jax.random.normal(k, (5, *x.shape)) for k, x in zip(keys, params.values(), strict=True)]
     at = np.array([1, 4])

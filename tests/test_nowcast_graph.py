@@ -412,6 +412,67 @@ def test_trees_of_nnx_and_haiku_are_read():
         nowcast.recognise(haiku)
 
 
+def of_nnx(kind):
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs) if kind == "cnn" else None
+            self.first = nnx.Linear(36 if kind == "cnn" else 18, 5, rngs=rngs)
+            self.second = nnx.Linear(5, 6, rngs=rngs)
+            self.third = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = x if self.conv is None else nnx.relu(self.conv(x))
+            x = nnx.relu(self.first(x.reshape(len(x), -1)))
+            return self.third(nnx.relu(self.second(x)))
+
+    definition, params = nnx.split(Net())
+    return params, lambda params, x: nnx.merge(definition, params)(x)
+
+
+def of_haiku(kind):
+    import haiku as hk
+
+    def mlp(x):
+        return hk.nets.MLP([5, 6, 3])(x.reshape(len(x), -1))
+
+    def cnn(x):
+        x = jax.nn.relu(hk.Conv2D(4, 3)(x))
+        return hk.Linear(3)(jax.nn.relu(hk.Linear(5)(x.reshape(len(x), -1))))
+
+    def gru(x):
+        x = x.reshape(len(x), 9, 2).swapaxes(0, 1)
+        states, _ = hk.dynamic_unroll(hk.GRU(4), x, jnp.zeros((x.shape[1], 4)))
+        return hk.Linear(3)(states[-1])
+
+    net = hk.without_apply_rng(hk.transform({"mlp": mlp, "cnn": cnn, "gru": gru}[kind]))
+    return net.init(jax.random.key(0), jnp.zeros((1, 3, 3, 2))), net.apply
+
+
+@pytest.mark.parametrize(
+    ("library", "kind"), [("nnx", "mlp"), ("nnx", "cnn"), ("haiku", "mlp"), ("haiku", "cnn"), ("haiku", "gru")]
+)
+def test_modules_of_the_libraries_are_recognised(library, kind):
+    """As they make their parameters themselves, with nothing to describe."""
+    pytest.importorskip({"nnx": "flax", "haiku": "haiku"}[library])
+    params, apply = {"nnx": of_nnx, "haiku": of_haiku}[library](kind)
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 2)).astype(np.float32)
+    params, apply = filled(params), jax.jit(apply)
+    graph = nowcast.recognise(params)
+    assert graph.validate(params) == []
+    with jax.numpy_rank_promotion("allow"):
+        assert len(graph.prove(lambda p: apply(p, x), params)) >= {"mlp": 2, "cnn": 2, "gru": 1}[kind]
+        # A graph whose last layer reads its neurons in another order would be seen.
+        last = max(i for i, b in enumerate(graph.blocks) if b.leaf and b.grid and len(b.source) > 1)
+        block = graph.blocks[last]
+        graph.blocks[last] = block._replace(source=np.roll(block.source, 1))
+        with pytest.raises(ValueError, match="is another one with the neurons of"):
+            graph.prove(lambda p: apply(p, x), params)
+
+
 def test_a_graph_is_drawn(tmp_path):
     graph = nowcast.recognise({"fc1": jnp.zeros((3, 4)), "fc2": jnp.zeros((4, 2))})
     picture = nowcast.draw(graph, tmp_path / "graph.svg").read_text()

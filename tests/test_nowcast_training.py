@@ -72,12 +72,7 @@ def test_configs_are_json_and_refuse_what_they_do_not_know(tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             kind(**changed)
-    parsed = launch._cli(
-        launch.LaunchNowcasts,
-        ["--training.steps", "9", "--hidden", "8", "--out", "x"],
-        "lopt-train",
-        default=launch.LaunchNowcasts(cfg.load("nowcast_small")),
-    )
+    parsed = launch.parse("nowcast_small", ["--training.steps", "9", "--hidden", "8", "--out", "x"])
     assert (parsed.run.training.steps, parsed.run.hidden, parsed.out) == (9, 8, "x")
     assert launch.main(["nowcast_small", "--training.stepz", "9"]) == 2
 

@@ -301,6 +301,42 @@ def test_the_guard_of_a_network(x64, judged_by):
             assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
 
 
+@pytest.mark.slow  # compiles both networks with their guards
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+def test_the_guard_applies_and_restores_a_networks_nowcast(kind):
+    """One that lowers the loss is applied; when the target has jumped by the probe the snapshot is restored."""
+    params = {"fc1": jnp.zeros((3, 4)), "fc2": jnp.zeros((4, 2))}
+    network = tiny(layers=1) if kind == "nino" else tiny("wnn")
+    extra = {"graph": graph} if kind == "nino" else {}
+
+    def loss(params, target):
+        return sum(jnp.sum((x - target) ** 2) for x in jax.tree.leaves(params))
+
+    base = optax.chain(optax.sign_sgd(0.02))
+    free = getattr(nowcast, kind)(base, network=network, guard=False, **extra, **SETTINGS)
+    path, _ = run(free, params, PERIOD, loss=lambda p: loss(p, 9.0))
+    moved = jax.tree.map(lambda x: x[-1] - x[-2], path)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(moved)) > 1e-4
+
+    # The guard's loss is the distance to where this nowcast leads, then to where the snapshot was.
+    there = jax.tree.map(lambda x: x[-1], path)
+    back = jax.tree.map(lambda x: x[-2], path)
+
+    def judged(params, late):
+        to = jax.tree.map(lambda a, b: jnp.where(late, b, a), there, back)
+        return sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(to), strict=True))
+
+    tx = getattr(nowcast, kind)(base, network=network, loss_fn=judged, cap=1e3, **extra, **SETTINGS)
+    late = lambda count: (count >= PERIOD) * 1.0  # noqa: E731
+    path, state = run(tx, params, PERIOD + 4, loss=lambda p: loss(p, 9.0), batch=late)
+    assert counts(state) == {"applied": 1, "restored": 1}
+    for now, wanted, snapshot in zip(*map(jax.tree.leaves, (path, there, back)), strict=True):
+        np.testing.assert_allclose(now[PERIOD - 1], wanted, rtol=1e-5)
+        np.testing.assert_allclose(now[-1], snapshot, rtol=1e-5)
+    stays = getattr(nowcast, kind)(base, network=network, loss_fn=judged, cap=1e3, margin=1e9, **extra, **SETTINGS)
+    assert counts(run(stays, params, PERIOD + 4, loss=lambda p: loss(p, 9.0), batch=late)[1]) == {"applied": 1}
+
+
 @pytest.mark.slow  # compiles the graph network once more
 def test_leaves_without_a_place_stay():
     settings = {"network": tiny(layers=1), "graph": graph, "guard": False} | SETTINGS
