@@ -242,7 +242,7 @@ def meta_step(run: Nowcasting) -> tuple[Callable[..., Any], Callable[..., Any]]:
         for name, network in made.items():
             gradient = jax.value_and_grad(partial(loss, network, run), argnums=1, has_aux=True)
             (got, stay), grads = spread(gradient)(state.theta[name], wired, spans, valid)
-            fine = jnp.isfinite(optax.global_norm(grads)) & jnp.isfinite(got)
+            fine = jnp.isfinite(got) & jnp.isfinite(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
             updates, moved = tx.update(grads, state.opt[name], state.theta[name])
             new = optax.apply_updates(state.theta[name], updates)
             theta[name] = jax.tree.map(partial(jnp.where, fine), new, state.theta[name])
