@@ -3,6 +3,7 @@
     python benchmarks/nowcast.py memory                 # XLA's memory analysis at 1 M and 10 M parameters, two minutes
     python benchmarks/nowcast.py parity --shared DIR    # every recorded prediction, two minutes
     python benchmarks/nowcast.py compare --shared DIR   # the released weights against Adam and lines, some minutes
+    python benchmarks/nowcast.py choose                 # upd_scale of our networks, on the tasks of validation
     python benchmarks/nowcast.py heldout --shared DIR   # ours and the released ones on held-out tasks, half an hour
 
 DIR holds parity/nino and weights/nino; `heldout` runs without it too, and then without the released weights.
@@ -29,6 +30,7 @@ import tasks
 from lopt import nowcast
 
 STEPS, PERIOD, EVERY, SEEDS = 5000, 1000, 50, 3
+GNN_SCALE, WNN_SCALE = 1.0, 1.0  # of the shipped networks, by `choose`
 RATES = (1e-3, 3e-3, 1e-2)
 FACTORS = (0.1, 0.25, 0.5)
 TASKS = {
@@ -178,23 +180,30 @@ def compare(shared: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("memory", "parity", "compare", "heldout"))
+    parser.add_argument("what", choices=("memory", "parity", "compare", "choose", "heldout"))
     parser.add_argument("--shared", type=Path, help="folder of parity/nino and weights/nino")
     add = parser.add_argument_group("heldout").add_argument
     add("--out", type=Path, default=Path("runs/nowcast-heldout"), help="folder of what is done, to go on from")
     add("--gnn", default="nino-small", help="name or folder of weights")
     add("--wnn", default="wnn-small", help="the same")
+    add("--gnn-scale", type=float, default=GNN_SCALE, help="upd_scale; the default is what `choose` said")
+    add("--wnn-scale", type=float, default=WNN_SCALE, help="the same")
     add("--only", nargs="+", default=[], help="parts of names of tasks")
     add("--plot", type=Path, help="picture to write of the tasks of --only")
     args = parser.parse_args()
     if args.what in ("parity", "compare") and args.shared is None:
         parser.error(f"{args.what} needs --shared")
-    if args.what == "heldout":
+    if args.what in ("choose", "heldout"):
         import nowcast_heldout as H
 
-        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only)
+        scales = {"nino": args.gnn_scale, "wnn": args.wnn_scale}
+        if args.what == "choose":
+            H.choose(args.out, args.gnn, args.wnn)
+            return
+        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only, scales)
         if args.plot:
-            H.plot(args.out, args.gnn, args.wnn, args.plot, [n for n in H.TASKS if any(w in n for w in args.only)])
+            names = [name for name in H.TASKS if any(word in name for word in args.only)]
+            H.plot(args.out, args.gnn, args.wnn, args.plot, names, scales)
         return
     {"memory": memory, "parity": lambda: parity(args.shared), "compare": lambda: compare(args.shared)}[args.what]()
 

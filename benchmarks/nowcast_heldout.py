@@ -6,6 +6,7 @@ JSON, a file a task and method, so that the command goes on where it was stopped
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import optax
 
 import tasks
 from lopt import nowcast
+from meta_train.configs.nowcast_small import RUN
 from meta_train.nowcast_validation import runner, smoothed, steps_to
 
 STEPS, PERIOD, EVERY, SEEDS, TUNING = 3000, 250, 25, 3, 100
@@ -42,6 +44,12 @@ TASKS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     ),
 }
 
+# Those of the config's validation: what the wrapper is told is chosen here and never on the tasks above.
+CHOOSING: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    f"{p.family}, validation": (p.family, p.settings, p.heads or None) for p in RUN.validation.tasks
+}
+SCALES = (1.0, 0.5, 0.25, 0.1)
+
 
 def methods(shared: Path | None, gnn: str, wnn: str) -> dict[str, tuple[str, Any, dict[str, Any]]]:
     """By name: kind, network, settings of the wrapper."""
@@ -62,14 +70,14 @@ def methods(shared: Path | None, gnn: str, wnn: str) -> dict[str, tuple[str, Any
 def transform(
     kind: str, network: Any, how: dict[str, Any], heads: int | None, params: Any, loss_fn: Any, given: Any
 ) -> optax.GradientTransformation:
-    """given: lr, factor and theta, arguments of the compiled run, so that others need no other program."""
+    """given: lr, factor, scale and theta, arguments of the compiled run, so that others need no other program."""
     adam = optax.adam(given["lr"])
     if kind == "adam":
         return adam
     every: dict[str, Any] = dict(max_steps=STEPS, period=PERIOD, loss_fn=loss_fn) | how
     if kind == "linefit":
         return nowcast.linefit(adam, factor=given["factor"], **every)
-    every["network"] = network._replace(theta=given["theta"])
+    every |= dict(network=network._replace(theta=given["theta"]), upd_scale=given["scale"])
     if kind == "wnn":
         return nowcast.wnn(adam, **every)
     return nowcast.nino(adam, graph=lambda p: nowcast.recognise(p, heads=heads), **every)
@@ -79,17 +87,27 @@ class Cells:
     """Runs of a task, kept on disk."""
 
     def __init__(self, folder: Path, name: str):
-        family, settings, self.heads = TASKS[name]
+        family, settings, self.heads = (TASKS | CHOOSING)[name]
         self.name, self.task = name, tasks.make(family, **settings)
         self.folder = folder / "".join(c if c.isalnum() else "-" for c in name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.compiled: dict[Any, Callable[..., Any]] = {}
 
-    def run(self, kind: str, network: Any, how: dict[str, Any], seed: int, *, lr: float, factor: float = 0.0) -> Any:
+    def run(
+        self,
+        kind: str,
+        network: Any,
+        how: dict[str, Any],
+        seed: int,
+        *,
+        lr: float,
+        factor: float = 0.0,
+        scale: float = 1.0,
+    ) -> Any:
         """Losses [splits, evaluations] and counts, from disk where they are there."""
         theta = () if network is None else network.theta
         weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(theta))).hexdigest()[:12]
-        asked = dict(kind=kind, how=how, seed=seed, lr=lr, factor=factor, weights=weights)
+        asked = dict(kind=kind, how=how, seed=seed, lr=lr, factor=factor, scale=scale, weights=weights)
         asked |= dict(steps=STEPS, period=PERIOD, every=EVERY, task=self.task.name, version=self.task.version)
         path = self.folder / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]}.json"
         if not path.exists():
@@ -97,9 +115,9 @@ class Cells:
             if key not in self.compiled:
                 make = partial(transform, kind, network, how, self.heads)
                 self.compiled[key] = runner(self.task, make, steps=STEPS, every=EVERY, splits=SPLITS, rows=ROWS)
-            seen = self.compiled[key](
-                self.task.data, dict(lr=jnp.float32(lr), factor=jnp.float32(factor), theta=theta), seed
-            )
+            given = {"lr": lr, "factor": factor, "scale": scale}
+            given = {name: jnp.float32(x) for name, x in given.items()}
+            seen = self.compiled[key](self.task.data, given | {"theta": theta}, seed)
             counts = {k: int(v) for k, v in seen.counts._asdict().items()} if seen.counts else {}
             record = asked | {"losses": np.asarray(seen.losses, np.float64).round(6).tolist(), "counts": counts}
             path.write_text(json.dumps(record))
@@ -132,7 +150,32 @@ class Cells:
         return min(FACTORS, key=score)
 
 
-def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str]) -> None:
+def choose(out: Path, gnn: str, wnn: str) -> None:
+    """`upd_scale` of each network on the tasks of validation, Adam's rate tuned: steps over Adam's, without a guard."""
+    print("| network | upd_scale | steps over Adam's | last validation loss over Adam's |\n|---|--:|--:|--:|")
+    chosen = methods(None, gnn, wnn)
+    for label in ("WNN, ours", "NiNo, ours"):
+        kind, network, how = chosen[label]
+        for scale in SCALES:
+            steps, losses = [], []
+            for name in CHOOSING:
+                cells = _cells(out, name)
+                lr = cells.tuned()
+                for seed in range(200, 202):
+                    adam = np.array(cells.run("adam", None, {}, seed, lr=lr)["losses"][0])
+                    end = float(smoothed(adam)[-1])
+                    got = np.array(cells.run(kind, network, how, seed, lr=lr, scale=scale)["losses"][0])
+                    steps.append(min(steps_to(got, end, EVERY), STEPS) / steps_to(adam, end, EVERY))
+                    losses.append(float(smoothed(got)[-1]) / end)
+            print(f"| {label} | {scale:g} | {np.mean(steps):.3f} | {np.mean(losses):.3f} |", flush=True)
+
+
+@functools.cache
+def _cells(out: Path, name: str) -> Cells:
+    return Cells(out, name)
+
+
+def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str], scales: dict[str, float]) -> None:
     """Run what is missing, and print the tables."""
     chosen = methods(shared, gnn, wnn)
     ratios: dict[str, list[float]] = {label: [] for label in chosen}
@@ -148,7 +191,15 @@ def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str])
         targets: list[tuple[float, float]] = []
         for label, (kind, network, how) in chosen.items():
             runs = [
-                cells.run(kind, network, how, seed, lr=lr, factor=factor if kind == "linefit" else 0.0)
+                cells.run(
+                    kind,
+                    network,
+                    how,
+                    seed,
+                    lr=lr,
+                    factor=factor if kind == "linefit" else 0.0,
+                    scale=scales[kind] if "ours" in label else 1.0,
+                )
                 for seed in range(SEEDS)
             ]
             curves = [np.array(run["losses"][0]) for run in runs]
@@ -169,7 +220,7 @@ def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str])
             print(f"| {label} | {np.mean(some):.3f} | {min(some):.3f} | {max(some):.3f} |")
 
 
-def plot(out: Path, gnn: str, wnn: str, path: Path, names: list[str]) -> None:
+def plot(out: Path, gnn: str, wnn: str, path: Path, names: list[str], scales: dict[str, float]) -> None:
     """Validation loss around nowcasts: Adam, and the same seed with ours, with and without the guard."""
     import matplotlib
 
@@ -184,7 +235,7 @@ def plot(out: Path, gnn: str, wnn: str, path: Path, names: list[str]) -> None:
         lr = cells.tuned()
         for i, label in enumerate(("Adam, tuned", "NiNo, ours", "NiNo, ours, guard", "WNN, ours")):
             kind, network, how = chosen[label]
-            losses = np.array(cells.run(kind, network, how, 0, lr=lr)["losses"][0])
+            losses = np.array(cells.run(kind, network, how, 0, lr=lr, scale=scales.get(kind, 1.0))["losses"][0])
             axis.plot(at, losses, color="k" if not i else f"C{i - 1}", lw=1.2, label=label)
             if not i:
                 axis.axhline(smoothed(losses)[-1], color="k", lw=0.6, ls=":")

@@ -63,7 +63,7 @@ def nino(
       probe: base steps after which it is judged.
       guard: False: nowcasts are applied as the reference applies them, whatever they do.
       cap: with the guard, the largest displacement of a tensor relative to its norm.
-      upd_scale: factor of every change.
+      upd_scale: factor of every change, a number or a traced one.
       power: p of the schedule of horizons.
       reset_moments: start the base optimizer anew after each nowcast (its schedules go on).
       fallback: a "wnn" for leaves that the graph does not place; without it these make no nowcasts.
@@ -231,8 +231,7 @@ def linefit(
     Raises:
       ValueError: on a setting without meaning.
     """
-    traced = isinstance(factor, jax.core.Tracer)  # as where a run is compiled once for several factors
-    if context < 2 or not (traced or np.isfinite(factor)):
+    if context < 2 or not _finite(factor):
         raise ValueError(f"lopt.nowcast.linefit: factor, context, got {factor}, {context}; valid: finite, >= 2.")
 
     def predictor(params: Any) -> Predictor:
@@ -281,8 +280,13 @@ def _network(where: str, network: Any, name: str, context: int) -> None:
         )
 
 
+def _finite(x: Any) -> bool:
+    """Also what is traced, as where a run is compiled once for several values."""
+    return isinstance(x, jax.core.Tracer) or bool(np.isfinite(x))
+
+
 def _counted(where: str, upd_scale: float, **sizes: tuple[Any, int]) -> None:
-    if not np.isfinite(upd_scale):
+    if not _finite(upd_scale):
         raise ValueError(f"lopt.nowcast.{where}: upd_scale, got {upd_scale!r}; valid: finite.")
     for name, (got, least) in sizes.items():
         if got is not None and (not isinstance(got, int | np.integer) or got < least):
