@@ -325,7 +325,7 @@ def export(args: Export) -> int:
         prepare_jax()
         from meta_train import nowcast
 
-        for line in nowcast.export(run, nowcast.read_state(run, folder), target, last=args.last):
+        for line in nowcast.export(run, *nowcast.read_state(run, folder), target, last=args.last):
             print(line)
         return 0
     program = _build(_in_one_place(run), folder)

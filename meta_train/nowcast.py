@@ -220,20 +220,21 @@ def _refuse_divergence(run: Nowcasting, at: int, state: training.State) -> None:
         )
 
 
-def chosen(run: Nowcasting, state: training.State, name: str, *, last: bool = False) -> tuple[Any, int, str]:
-    """Theta to export, its meta-step, and in words which it is."""
+def chosen(run: Nowcasting, state: training.State, done: int, name: str, *, last: bool = False) -> tuple[Any, int, str]:
+    """Theta to export, its meta-step, and in words which it is; done: meta-steps of the state."""
     if last or not np.isfinite(float(state.score[name])):
-        return state.theta[name], run.training.steps, "the last theta"
+        early = "" if done == run.training.steps else f", stopped there of {run.training.steps}"
+        return state.theta[name], done, f"the last theta, of meta-step {done}{early}"
     at = int(state.at[name])
     says = f"theta of meta-step {at}, the best in validation by real runs: {float(state.score[name]):.3f} of the steps"
     return state.best[name], at, says
 
 
-def export(run: Nowcasting, state: training.State, target: Path, *, last: bool = False) -> list[str]:
+def export(run: Nowcasting, state: training.State, done: int, target: Path, *, last: bool = False) -> list[str]:
     """Write an artifact a network: the first at `target`, others beside it with their names; says which."""
     lines, made = [], training.networks(run)
     for i, name in enumerate(run.networks):
-        theta, at, says = chosen(run, state, name, last=last)
+        theta, at, says = chosen(run, state, done, name, last=last)
         network = made[name]._replace(theta=jax.device_get(theta))
         folder = target if i == 0 else target.with_name(f"{target.name}-{name}")
         provenance = dict(run=run.to_json(), theta_of_meta_step=at, lopt=lopt.__version__, jax=jax.__version__)
@@ -310,17 +311,17 @@ def go(run: Nowcasting, folder: Path, say: Callable[[str], None] = _say) -> int:
         return 128 + came
     say(f"done in {span(time.monotonic() - began)}")
     metrics = read_metrics(folder)
-    for line in export(run, state, folder / "artifact"):
+    for line in export(run, state, run.training.steps, folder / "artifact"):
         say(line)
     plot(folder / "meta_loss.png", run, metrics)
     return 0
 
 
-def read_state(run: Nowcasting, folder: Path) -> training.State:
-    """Of the newest good checkpoint. Raises ValueError if there is none."""
+def read_state(run: Nowcasting, folder: Path) -> tuple[training.State, int]:
+    """Of the newest good checkpoint, and its meta-step. Raises ValueError if there is none."""
     checkpoints = Checkpoints(folder / "checkpoints", run.identity())
     at, state, passed_over = checkpoints.restore(jax.eval_shape(lambda: training.init(run)))
     checkpoints.close()
     if at < 0:
         raise ValueError(f"lopt-train export: {folder} has no checkpoint that can be read. {' '.join(passed_over)}")
-    return state
+    return state, at

@@ -243,8 +243,8 @@ def test_a_run_that_is_resumed_is_the_same(recorded, tmp_path, networks):
     lines = nowcast.read_metrics(again)
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
     assert 0 < lines[-1]["held_relative/wnn"] < 10
-    for line in nowcast.export(run, nowcast.read_state(run, again), again / "artifact"):
-        assert "the last theta" in line
+    for line in nowcast.export(run, *nowcast.read_state(run, again), again / "artifact"):
+        assert "the last theta, of meta-step 6" in line
     for name, folder in zip(networks, ("artifact", "artifact-wnn"), strict=False):
         network = casts.read(again / folder)
         assert network.name == name
