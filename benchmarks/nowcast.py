@@ -190,6 +190,7 @@ def main() -> None:
     add("--gnn-scale", type=float, default=GNN_SCALE, help="upd_scale; the default is what `choose` said")
     add("--wnn-scale", type=float, default=WNN_SCALE, help="the same")
     add("--only", nargs="+", default=[], help="parts of names of tasks")
+    add("--rows", nargs="+", default=[], help="methods, as the table names them; Adam always; default: all")
     add("--plot", type=Path, help="picture to write of the tasks of --only")
     args = parser.parse_args()
     if args.what in ("parity", "compare") and args.shared is None:
@@ -201,7 +202,7 @@ def main() -> None:
         if args.what == "choose":
             H.choose(args.out, args.gnn, args.wnn)
             return
-        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only, scales)
+        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only, args.rows, scales)
         if args.plot:
             names = [name for name in H.TASKS if any(word in name for word in args.only)]
             H.plot(args.out, args.gnn, args.wnn, args.plot, names, scales)
