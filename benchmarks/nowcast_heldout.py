@@ -175,7 +175,9 @@ def _cells(out: Path, name: str) -> Cells:
     return Cells(out, name)
 
 
-def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str], scales: dict[str, float]) -> None:
+def heldout(
+    shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str], rows: list[str], scales: dict[str, float]
+) -> None:
     """Run what is missing, and print the tables."""
     chosen = {k: x for k, x in methods(shared, gnn, wnn).items() if not rows or k in ("Adam, tuned", *rows)}
     ratios: dict[str, list[float]] = {label: [] for label in chosen}
@@ -186,7 +188,8 @@ def heldout(shared: Path | None, out: Path, gnn: str, wnn: str, only: list[str],
         lr = cells.tuned()
         factor = cells.factor(lr) if "Linefit, factor tuned" in chosen else math.nan
         head = "steps to Adam's last validation loss | over Adam's | last validation loss | last test loss"
-        print(f"\n| {name}: Adam at {lr:g}, line's factor {factor:g} | {head} | applied, restored |")
+        line = f", line's factor {factor:g}" if math.isfinite(factor) else ""
+        print(f"\n| {name}: Adam at {lr:g}{line} | {head} | applied, restored |")
         print("|---|--:|--:|--:|--:|---|")
         targets: list[tuple[float, float]] = []
         for label, (kind, network, how) in chosen.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SMOOTH = 5  # evaluations, of whose losses the median counts
-NEVER = 1.5  # steps, in those of the run, of a run that does not get there
+NEVER, FARTHEST = 1.5, 10.0  # for `over`, so that of two networks that ruin a run the better one is told
 ROWS = 2048  # of a fixed evaluation set, at most
 
 # (params, loss_fn, theta) -> transform; loss_fn: params -> loss on one validation batch, for guards
@@ -111,6 +111,19 @@ def steps_to(losses: Float[np.ndarray, "E"], target: float, every: int) -> float
     return float(every * (hit[0] + 1)) if hit.size else float("inf")
 
 
+def over(losses: Float[np.ndarray, "E"], target: float, steps: float, every: int) -> float:
+    """Steps to a target over another run's; of one that never gets there NEVER of its length times how far above it is.
+
+    >>> over(np.array([3.0, 1.0, 1.0]), 2.0, 40.0, 20), over(np.array([3.0, 3.0]), 2.0, 40.0, 20)
+    (1.0, 2.25)
+    """
+    got = steps_to(losses, target, every)
+    if np.isfinite(got):
+        return got / steps
+    above = smoothed(losses)[-1] / target if target > 0 else 1.0
+    return NEVER * every * len(losses) / steps * float(np.clip(above, 1.0, FARTHEST))
+
+
 def validator(run: Nowcasting) -> Callable[[str, Any], float] | None:
     """`score(network, theta)`: mean over tasks and seeds of steps with nowcasts over Adam's, to Adam's last loss.
 
@@ -154,8 +167,7 @@ def validator(run: Nowcasting) -> Callable[[str, Any], float] | None:
                     target = float(smoothed(alone)[-1])
                     base[i, seed] = target, steps_to(alone, target, on.evaluate)
                 target, steps = base[i, seed]
-                got = steps_to(losses(i, name, theta, seed), target, on.evaluate)
-                ratios.append(min(got, NEVER * on.inner_steps) / steps)
+                ratios.append(over(losses(i, name, theta, seed), target, steps, on.evaluate))
         return float(np.mean(ratios))
 
     return score

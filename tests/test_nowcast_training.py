@@ -18,7 +18,7 @@ from meta_train import config as cfg
 from meta_train import launch, nowcast, trajectories
 from meta_train import nowcast_training as training
 from meta_train.nowcast_config import Nowcasting, Problem, Recorded, Recording, Training, Validation
-from meta_train.nowcast_validation import smoothed, steps_to
+from meta_train.nowcast_validation import over, smoothed, steps_to
 
 pytest.importorskip("grain")
 pytest.importorskip("array_record")
@@ -217,6 +217,9 @@ def test_steps_to_a_loss():
     assert steps_to(losses, 2.0, 25) == 50
     assert steps_to(losses[2:], 2.0, 25) == 150
     assert steps_to(np.array([np.nan, 1.0]), 0.5, 25) == np.inf
+    assert over(losses, 2.0, 25, 25) == 2
+    assert over(np.array([3.0, 3.0]), 1.0, 50, 25) == 1.5 * 3.0  # the worse of two that never get there is worse
+    assert over(np.array([3.0, np.nan]), 1.0, 50, 25) == 1.5 * 10.0
 
 
 def equal(a, b):
