@@ -50,18 +50,19 @@ def _of_nowcasts(folder: Path) -> bool:
         return False  # whoever loads it is told
 
 
-def find(name: str | os.PathLike[str]) -> Path:
+def find(name: str | os.PathLike[str], *, nowcasts: bool = False) -> Path:
     """Folder of a shipped name or of a path. Raises ValueError listing the known names, the nearest first."""
-    known = available() + available(nowcasts=True)
-    if str(name) in known:
+    known = available(nowcasts=nowcasts)
+    if str(name) in known or str(name) in available(nowcasts=not nowcasts):  # whoever reads it says what it is
         return _zoo() / str(name)
+    where, what = ("lopt.nowcast.read", "network") if nowcasts else ("lopt.load", "optimizer")
     path = Path(name)
     if path.is_dir() and str(name):
         # The folder of a run holds its artifact in a folder of that name.
         return path / "artifact" if (path / "artifact" / CONFIG).is_file() else path
     if path.name != str(name):
-        raise ValueError(f"lopt.load: {str(name)!r} is neither a folder nor a shipped name; valid: {', '.join(known)}.")
-    raise unknown("lopt.load", "optimizer (and no such folder)", str(name), known)
+        raise ValueError(f"{where}: {str(name)!r} is neither a folder nor a shipped name; valid: {', '.join(known)}.")
+    raise unknown(where, f"{what} (and no such folder)", str(name), known)
 
 
 def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]:

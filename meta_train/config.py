@@ -442,7 +442,7 @@ def _own(name: str) -> Any:
         raise ValueError(f"lopt-train: {name}: {type(e).__name__}: {e}; valid: a file or a module that runs.") from e
     if not isinstance(run, Run | Nowcasting):
         raise ValueError(
-            f"lopt-train: {name}: {what}, got {type(run).__name__}; valid: a meta_train.config.Run (of nowcasts a "
-            "meta_train.nowcast_config.Nowcasting), or a function without arguments that returns one."
+            f"lopt-train: {name}: {what}, got {type(run).__name__}; valid: a meta_train.config.Run, or a function "
+            "without arguments that returns one (of nowcasts a meta_train.nowcast_config.Nowcasting)."
         )
     return run

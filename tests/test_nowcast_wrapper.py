@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import lopt
 from lopt import nowcast
 
 PERIOD = 40  # captures every 8 calls
@@ -396,3 +397,17 @@ def test_artifacts(tmp_path):
     np.savez(tmp_path / "y.npz", **{"layer_embed.weight": np.array([{}], object)})
     with pytest.raises(ValueError, match=r"no .npz of plain arrays"):
         nowcast.read(tmp_path / "y.npz")
+
+
+def test_shipped_networks():
+    """They are read by name, load only where they can be used, and say what made them."""
+    names = lopt.available(nowcasts=True)
+    assert names == ["nino-small", "wnn-small"]
+    assert not set(names) & set(lopt.available())
+    gnn, alone = (nowcast.read(name) for name in names)
+    assert (gnn.name, alone.name) == ("gnn", "wnn")
+    assert gnn.settings["context"] == alone.settings["context"] == 5
+    with pytest.raises(ValueError, match=r"holds a network of nowcasts; valid: lopt.nowcast.read\('nino-small'\)"):
+        lopt.load("nino-small")
+    with pytest.raises(ValueError, match="Did you mean 'nino-small'"):
+        nowcast.read("nino-smal")

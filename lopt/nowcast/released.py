@@ -35,7 +35,7 @@ def read(source: str | os.PathLike[str], *, lr: float | None = None, sha256: str
     """
     path = Path(source)
     if path.suffix != ".npz":
-        return _artifact(pretrained.find(source), lr)
+        return _artifact(pretrained.find(source, nowcasts=True), lr)
     arrays = _npz(path, sha256)
     try:
         name, settings, theta = _of_released(arrays)
