@@ -191,7 +191,7 @@ def main() -> None:
     add("--wnn-scale", type=float, default=WNN_SCALE, help="the same")
     add("--only", nargs="+", default=[], help="parts of names of tasks")
     add("--rows", nargs="+", default=[], help="methods, as the table names them; Adam always; default: all")
-    add("--plot", type=Path, help="picture to write of the tasks of --only")
+    add("--plot", type=Path, help="picture to write of the tasks of --only, of what was run, in place of the tables")
     args = parser.parse_args()
     if args.what in ("parity", "compare") and args.shared is None:
         parser.error(f"{args.what} needs --shared")
@@ -202,8 +202,9 @@ def main() -> None:
         if args.what == "choose":
             H.choose(args.out, args.gnn, args.wnn)
             return
-        H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only, args.rows, scales)
-        if args.plot:
+        if not args.plot:
+            H.heldout(args.shared, args.out, args.gnn, args.wnn, args.only, args.rows, scales)
+        else:
             names = [name for name in H.TASKS if any(word in name for word in args.only)]
             H.plot(args.out, args.gnn, args.wnn, args.plot, names, scales)
         return
