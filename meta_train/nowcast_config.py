@@ -178,6 +178,11 @@ class Nowcasting:
         ok = self.validation.period // self.context >= 1
         require(ok, "validation.period", self.validation.period, f"at least context = {self.context}")
 
+    @property
+    def groups(self) -> tuple[Recorded, ...]:
+        """What is recorded, by the name that tasks have in other runs."""
+        return self.recording.groups
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

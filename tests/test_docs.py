@@ -76,8 +76,7 @@ def test_the_commands_of_the_pages_can_be_typed(tmp_path, monkeypatch):
     assert any(words[0] == "mixture" for words in commands)
     for words in commands:
         name, arguments = ("quickstart", words) if words[0].startswith("--") else (words[0], words[1:])
-        run = launch.parse(name, arguments).run
-        assert getattr(run, "recording", run).groups, words
+        assert launch.parse(name, arguments).run.groups, words
     assert ["my_run.py"] in commands
     with pytest.raises(ValueError, match="unknown config 'my-mixture'"):
         launch.parse("my-mixture", [])
