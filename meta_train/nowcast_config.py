@@ -155,7 +155,7 @@ class Nowcasting:
     init_gain: float = 1.0  # matrices begin with deviation gain / sqrt(inputs): at N(0, .02) narrow networks are mute
     training: Training = Training()
     validation: Validation = Validation()
-    allow_held_out: bool = False  # record what tasks.HELD_OUT and tasks.DEV keep for evaluation
+    allow_held_out: bool = False  # record what tasks.HELD_OUT keeps for evaluation
     skip_limit: float = 0.1  # share of gradients that are not finite at which a run stops
     seed: int = 0
     log_every: int = 20  # meta-steps

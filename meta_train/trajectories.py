@@ -69,19 +69,21 @@ def pinned(group: Recorded) -> dict[str, Any]:
 
 
 def refuse(run: Nowcasting, found: Sequence[tasks.Task | Held]) -> None:
-    """Raise ValueError if a task or a recording touches what tasks.HELD_OUT or tasks.DEV keeps for evaluation."""
+    """Raise ValueError if a task or a recording touches what tasks.HELD_OUT keeps for evaluation.
+
+    tasks.DEV is free: it chooses optimizers, and nowcasters are neither chosen nor judged on it.
+    """
     for one in found if not run.allow_held_out else ():
-        for kept in (tasks.HELD_OUT, tasks.DEV):
-            if isinstance(one, Held):
-                words = held_out.touched_by([tasks.Source(*s) for s in one.sources], one.families, kept)
-            else:
-                words = held_out.touched(one, kept)
-            if words:
-                name = one.file if isinstance(one, Held) else one.name
-                raise ValueError(
-                    f"lopt-train {run.name}: {name} touches what is held out for evaluation: {', '.join(words)}; "
-                    "valid: other tasks, or --allow-held-out, after which no score on these means anything."
-                )
+        if isinstance(one, Held):
+            words = held_out.touched_by([tasks.Source(*s) for s in one.sources], one.families)
+        else:
+            words = held_out.touched(one)
+        if words:
+            name = one.file if isinstance(one, Held) else one.name
+            raise ValueError(
+                f"lopt-train {run.name}: {name} touches what is held out for evaluation: {', '.join(words)}; "
+                "valid: other tasks, or --allow-held-out, after which no score on these means anything."
+            )
 
 
 def settings_of(recording: Recording) -> list[dict[str, float]]:
@@ -162,13 +164,13 @@ def _record_one(
     writer.close()
     partial_path.replace(path)
     params = jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
-    where = held_out.trace(task)
+    sources, families = held_out.origins(task)
     return Held(
         path.name,
         _sha256(path),
         task.family,
-        sorted({task.family, *where.families}),
-        [list(source) for source in task.provenance],
+        families,
+        [list(source) for source in sources],
         [[path, list(shape)] for path, shape in _leaves(params)],
         which,
     )

@@ -125,7 +125,6 @@ def test_what_is_held_out_is_not_recorded(recorded, tmp_path):
     for family, settings, says in (
         ("image_mlp", {"data": "fashion10k"}, "data fashion10k"),
         ("vit", {"data": "mnist5k", "size": 8, "patch": 4}, "family vit"),
-        ("tabular_regression", {"data": "diabetes"}, "data diabetes"),
     ):
         recording = Recording((Recorded(family, settings, 24),), interval=2)
         run = dataclasses.replace(small(), recording=recording)

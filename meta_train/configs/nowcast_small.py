@@ -4,7 +4,7 @@
 
 Records 128 trajectories of up to 10,000 steps, then trains both networks (width 32, two layers of message passing) on
 the same windows; the best by real steps-to-target on two other tasks is exported. No data set or family that
-tasks.HELD_OUT or tasks.DEV names is recorded. The resulting weights are in checkpoints/nino-small and
+tasks.HELD_OUT names is recorded. The resulting weights are in checkpoints/nino-small and
 checkpoints/wnn-small.
 """
 
