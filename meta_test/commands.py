@@ -115,8 +115,9 @@ def run(args: argparse.Namespace) -> int:
     counts = _fill(f"run {args.suite}", todo, store, args.seeds, used)
     if left := len(set(before["cells"]) - set(used)):
         session.warn(
-            f"{args.out} holds {left} cells of an earlier command that this one does not ask for: they stay in "
-            f"{own}, but not in the report. Name all optimizers, or give each command an --out and join the reports."
+            f"{args.out} holds {left} cells of an earlier command that this one does not ask for, or whose key has "
+            f"changed: they stay in {own}, but not in the report. Name all optimizers, or give each command an "
+            "--out and join the reports."
         )
     timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
     about = {
@@ -133,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
         "met": {entrant.name: met(entrant) for entrant in wanted},
     }
     cells.write(args.out, standings.ABOUT, about)
-    cells.write(args.out, standings.TIMING, {"timing": timing})
+    if timing or not (args.out / standings.TIMING).is_file():  # --no-timing keeps what was measured before
+        cells.write(args.out, standings.TIMING, {"timing": timing})
     print(_counted(counts))
     return write_report([args.out], args.out, None)
 

@@ -120,11 +120,11 @@ def bars(totals: Sequence[Total]) -> str:
     for split, shift, face, hatch in (("validation", 0.19, "#4d4d4d", ""), ("train", -0.19, "#ffffff", "////")):
         at = np.arange(len(ordered)) + shift
         values = np.nan_to_num([t.iqm[split] for t in ordered])
-        low, high = np.nan_to_num(np.array([t.interval[split] for t in ordered]).T)
+        low, high = np.array([t.interval[split] for t in ordered]).T  # NaN: of one seed there is none
         axis.barh(
             at, values, 0.36, color=face, edgecolor="black", linewidth=0.6, hatch=hatch, label=f"{WORDS[split]} loss"
         )
-        error = np.maximum([values - low, high - values], 0)
+        error = np.nan_to_num(np.maximum([values - low, high - values], 0))
         axis.errorbar(values, at, xerr=error, fmt="none", ecolor="#b2182b", elinewidth=1.4, capsize=3)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=(0, (4, 2)))
     axis.set_yticks(range(len(ordered)), [t.label for t in ordered], fontsize=9)
@@ -176,7 +176,7 @@ def rank_plot(totals: Sequence[Total], difference: float) -> str:
     at = np.arange(len(ordered))
     ranks = np.array([t.rank for t in ordered])
     low, high = np.array([t.rank_interval for t in ordered]).T
-    error = np.maximum([ranks - low, high - ranks], 0)
+    error = np.nan_to_num(np.maximum([ranks - low, high - ranks], 0))
     axis.errorbar(ranks, at, xerr=error, fmt="o", color="black", markersize=4, elinewidth=1.2, capsize=3)
     if np.isfinite(difference) and len(ordered):
         start = ranks.min()

@@ -45,10 +45,13 @@ class Entrant(NamedTuple):
     known: bool = True  # all of its code is ours
     artifact: str = ""  # that a learned one was read from
 
-    def runs_on(self, task: tasks.Task) -> bool:
-        """Whether it is defined on the task's loss, and what it asks for besides is of the gradients that it gets."""
-        asks = bool(self.contender.needs - {"value", "num_steps", "key"}) and task.grad_transform is not None
-        return (task.deterministic or not self.deterministic_only) and not asks
+    def lacks(self, task: tasks.Task) -> str:
+        """What the optimizer needs and the task does not have, in words; empty if nothing."""
+        if self.deterministic_only and not task.deterministic:
+            return "a loss without minibatches"
+        if self.contender.needs - {"value", "num_steps", "key"} and task.grad_transform is not None:
+            return "gradients that nothing transforms"  # those that it asks for would be other ones
+        return ""
 
     @property
     def tuned(self) -> bool:

@@ -19,6 +19,7 @@ from meta_test.standings import Board, Score, Total
 FILES = ("report.html", "report.md", "results.csv", "summary.csv", "budgets.csv")
 MOST = 6  # curves drawn in full
 RATIOS = np.geomspace(1, 32, 101)
+TAUS = (1, 2, 4, 32)  # of the profile's table
 
 
 class Cell(NamedTuple):
@@ -111,6 +112,12 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     every = {label for name in names for label in board.scores[name] if label.startswith(f"{REFERENCE}, T/")}
     parts = sorted(label for label in every if all(label in board.rows[name] for name in names))
     controls = standings.totals(board, [REFERENCE, *parts], names)
+    shares = standings.profile(board, labels, RATIOS)
+    found = standings.budgets(board)
+    per_budget = [
+        [one.total.label for one in sorted(found, key=lambda b: _by_rank(b.total)) if one.budget == budget]
+        for budget in (standings.BUDGETS if found else ())
+    ]
     out = [
         Section(
             "Over all tasks",
@@ -131,9 +138,12 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
             [
                 "What the defaults (1 trial), ten points drawn from the grid (10 trials) and the whole grid reach, by "
                 f"validation loss. Wins are over the fully tuned {REFERENCE}, ranks among those of the same budget. "
-                "Ten of a large grid are a smaller share of it than ten of a small one: the points say of how many."
+                "Ten of a large grid are a smaller share of it than ten of a small one: the points say of how many. "
+                f"Critical difference of ranks: {_difference(len(per_budget[0]) if per_budget else 0, len(names))}. "
+                "The profiles are those of 1 trial, 10 trials and the whole grid, in this order."
             ],
-            tables=[_budgets(board)],
+            [drawing.profiles(ran, RATIOS, standings.profile(board, ran, RATIOS), ran[:MOST]) for ran in per_budget],
+            [_budgets(board)],
         ),
         Section(
             "Performance profile",
@@ -141,19 +151,33 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
                 f"Share of the {len(names)} tasks on which an optimizer reaches the tuned {REFERENCE}'s best "
                 "validation loss in at most τ times the steps of the fastest one (Dolan and Moré). Grey: the others."
             ],
-            [drawing.profiles(labels, RATIOS, standings.profile(board, labels, RATIOS), shown)],
+            [drawing.profiles(labels, RATIOS, shares, shown)],
+            [_profile(labels, shares)],
         ),
         Section(
             "Ranks",
             [
                 "By final validation loss on each task and seed. Mean ranks that differ by less than the critical "
-                "difference (Nemenyi, 5 %) are not told apart by so few tasks. An optimizer takes part once: rows "
-                "“once” are left out."
+                f"difference (Nemenyi, 5 %), {_difference(len(in_ranks), len(names))} here, are not told apart by "
+                "so few tasks. An optimizer takes part once: without rows “once” and, beside random searches, without "
+                "what a grid or fewer trials found."
             ],
             [drawing.rank_plot(in_ranks, difference)],
         ),
     ]
     return out + [_problem(board, problem.name, shown) for problem in board.problems]
+
+
+def _difference(optimizers: int, tasks: int) -> str:
+    difference = metrics.critical_difference(optimizers, tasks)
+    return f"{difference:.1f}" if math.isfinite(difference) else "none"
+
+
+def _profile(labels: Sequence[str], shares: np.ndarray) -> Table:
+    """Some points of the profile in numbers."""
+    at = [int(np.argmin(np.abs(np.log(RATIOS / tau)))) for tau in TAUS]
+    rows = [(Cell(label), *(number(float(share[i])) for i in at)) for label, share in zip(labels, shares, strict=True)]
+    return Table(("optimizer", *(f"share solved, τ = {tau:g}" for tau in TAUS)), rows)
 
 
 def _by_rank(total: Total) -> Any:
@@ -167,12 +191,14 @@ def not_run(board: Board) -> str:
         without = [label for label in board.labels() if label not in board.rows[problem.name]]
         if without:
             out.append(f"on {problem.name} {'; '.join(without)}")
-    skipped = {row.label for rows in board.rows.values() for row in rows.values() if row.status == "skipped"}
+    skipped = {
+        f"{row.label} ({row.error})" for rows in board.rows.values() for row in rows.values() if row.status == "skipped"
+    }
     words = f"What follows is over the tasks on which all were run; not run: {' – '.join(out)}. " if out else ""
     if void := [problem.name for problem in board.problems if not board.scores[problem.name]]:
         words += f"Not in the totals, since the tuned {REFERENCE} did not end there: {', '.join(void)}. "
     if skipped:
-        words += f"Not in the totals, since undefined on minibatches: {', '.join(sorted(skipped))}. "
+        words += f"Not in the totals, since skipped on a task: {', '.join(sorted(skipped))}. "
     return words
 
 
@@ -315,7 +341,7 @@ def _chosen(row: standings.Row, split: str) -> str:
         return "untuned"
     point, edges = row.chosen[split], row.edge.get(split, ())
     words = [
-        f"{key} {value:.3g}{' (at the edge of the grid)' * (key in edges)}" for key, value in point["hyper"].items()
+        f"{key} {value:.6g}{' (at the edge of the grid)' * (key in edges)}" for key, value in point["hyper"].items()
     ]
     return ", ".join([*words, point["schedule"]])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,18 +155,17 @@ def _compute(bench: tuning.Bench, job: Job, inputs: Any, seeds: int, point: Any)
         "jax": jax.__version__,
         "optax": optax.__version__,
     }
-    if not job.entrant.runs_on(bench.task):
-        why = "a loss without minibatches" if job.entrant.deterministic_only else "gradients that nothing transforms"
-        return record | {"status": "skipped", "error": f"needs {why}"}
+    if lacks := job.entrant.lacks(bench.task):
+        return record | {"status": "skipped", "error": f"needs {lacks}"}
     try:
         return record | tuning.tune(bench, cell, seeds, point)
     except Exception as error:  # of a user's optimizer, or of the compiler: the other cells are worth having
         return record | {"status": "crashed", "error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def once(job: Job, todo: Iterable[Job], store: Store, seeds: int) -> tuning.Point:
+def once(job: Job, todo: Sequence[Job], store: Store, seeds: int) -> tuning.Point:
     """The point of an optimizer's grid of least mean rank over the problems, by validation loss on one seed."""
-    finals, points = [], tuning.grid(job.entrant)
+    finals, points, left = [], tuning.grid(job.entrant), []
     for other in todo:
         if (other.cell.optimizer, other.cell.search, other.cell.part) != (job.cell.optimizer, "grid", 1):
             continue
@@ -174,6 +173,10 @@ def once(job: Job, todo: Iterable[Job], store: Store, seeds: int) -> tuning.Poin
         key = cells.key_of(tuning.inputs(other.cell, other.entrant, task, seeds, None))
         if path := cells.find((*([store.own] if store.own else []), *store.folders), other.cell, key):
             finals.append(cells.array(cells.read(path)["finals"]["validation"])[: len(points), 0])
+        else:
+            left.append(other.cell.problem.name)
+    if left and job.cell.problem == todo[0].cell.problem:  # said once
+        warn(f"{job.cell.label}: chosen without {', '.join(left)}, where its grid has no record")
     return least_mean_rank(points, np.stack(finals)) if finals else points[0]
 
 
@@ -223,38 +226,54 @@ class Timing(NamedTuple):
     params_bytes: int
 
 
-def measure(entrant: Entrant, task: Task, num_steps: int) -> Timing:
-    """Time steps of one run at default hyper-parameters: the least of TIMINGS loops, see `timed_steps`."""
-    hyper = {name: np.float32(one.default) for name, one in entrant.space.items()}
-    hyper |= {"num_steps": np.int32(num_steps), "cosine": np.bool_(False)}
-    contender = entrant.contender
+class Stopwatch:
+    """One run at default hyper-parameters, compiled, that goes on from loop to loop."""
 
-    @partial(jax.jit, compiler_options=compiler_options())
-    def start(shared: Any, hyper: Any) -> Particle:
-        return begin(task, contender.make, shared, hyper, jax.numpy.int32(0))
+    def __init__(self, entrant: Entrant, task: Task, num_steps: int) -> None:
+        hyper = {name: np.float32(one.default) for name, one in entrant.space.items()}
+        hyper |= {"num_steps": np.int32(num_steps), "cosine": np.bool_(False)}
+        contender = entrant.contender
 
-    @partial(jax.jit, donate_argnums=5, compiler_options=compiler_options())  # those of the runs
-    def loop(data: Any, shared: Any, hyper: Any, t: Any, stop: Any, run: Particle) -> Particle:
-        one = partial(step, task, contender, data, shared, hyper, jax.numpy.int32(0))
-        return jax.lax.fori_loop(t, stop, one, run)
+        @partial(jax.jit, compiler_options=compiler_options())
+        def start(shared: Any, hyper: Any) -> Particle:
+            return begin(task, contender.make, shared, hyper, jax.numpy.int32(0))
 
-    run, at = start(contender.shared, hyper), 0
+        @partial(jax.jit, donate_argnums=5, compiler_options=compiler_options())  # those of the runs
+        def loop(data: Any, shared: Any, hyper: Any, t: Any, stop: Any, run: Particle) -> Particle:
+            one = partial(step, task, contender, data, shared, hyper, jax.numpy.int32(0))
+            return jax.lax.fori_loop(t, stop, one, run)
 
-    def took(count: int) -> float:
-        nonlocal run, at
+        self._loop = partial(loop, task.data, contender.shared, hyper)
+        self._run, self._at = start(contender.shared, hyper), 0
+        self._took(1)  # compiles
+        self._steps = timed_steps(self._took(PERIOD) / PERIOD)
+
+    def _took(self, count: int) -> float:
         began = time.perf_counter()
-        run = jax.block_until_ready(loop(task.data, contender.shared, hyper, at, at + count, run))
-        at += count
+        self._run = jax.block_until_ready(self._loop(self._at, self._at + count, self._run))
+        self._at += count
         return time.perf_counter() - began
 
-    took(1)  # compiles
-    count = timed_steps(took(PERIOD) / PERIOD)
-    ms = 1e3 * min(took(count) for _ in range(TIMINGS)) / count
-    return Timing(ms, _bytes(run.opt_state), _bytes(run.params))
+    def loop(self) -> float:
+        """Milliseconds a step of one more loop, see `timed_steps`."""
+        return 1e3 * self._took(self._steps) / self._steps
+
+    def timing(self, loops: Sequence[float]) -> Timing:
+        """By the least of some loops."""
+        return Timing(min(loops), _bytes(self._run.opt_state), _bytes(self._run.params))
+
+
+def in_turn(watches: Mapping[str, Stopwatch]) -> dict[str, Timing]:
+    """Loop after loop of all, TIMINGS times: a slow second of the machine is nobody's alone."""
+    loops: dict[str, list[float]] = {name: [] for name in watches}
+    for _ in range(TIMINGS):
+        for name, watch in watches.items():
+            loops[name].append(watch.loop())
+    return {name: watch.timing(loops[name]) for name, watch in watches.items()}
 
 
 def timed_steps(seconds: float) -> int:
-    """Steps in a timed loop, of so many seconds each: TIMED_SECONDS or more, and whole periods.
+    """Steps in a timed loop, of so many seconds each: about TIMED_SECONDS, and whole periods.
 
     The least of loops that hold a dear step now and then would be of those that do not.
 
@@ -274,19 +293,21 @@ def _bytes(tree: Any) -> int:
 
 
 def timings(problems: Sequence[Problem], entrants: Sequence[Entrant], say: Callable[[str], None]) -> dict[str, Any]:
-    """Problem -> optimizer -> `Timing`, one optimizer right after the other; who crashes has none."""
+    """Problem -> optimizer -> `Timing`, all of a problem in turn; who crashes has none."""
     out: dict[str, Any] = {}
     for problem in problems:
         jax.clear_caches()
-        task, out[problem.name] = tasks.make(problem.family, **problem.settings), {}
+        task = tasks.make(problem.family, **problem.settings)
         say(f"timing {problem.name}: {len(entrants)} optimizers")
+        watches = {}
         for entrant in entrants:
-            if not entrant.runs_on(task):
+            if entrant.lacks(task):
                 continue
             try:
-                out[problem.name][entrant.name] = measure(entrant, task, problem.num_steps)._asdict()
+                watches[entrant.name] = Stopwatch(entrant, task, problem.num_steps)
             except Exception as error:  # it has failed in its cell too, where it is recorded
                 say(f"timing {problem.name}, {entrant.name}: {type(error).__name__}")
+        out[problem.name] = {name: timing._asdict() for name, timing in in_turn(watches).items()}
     return out
 
 

@@ -310,13 +310,15 @@ def totals(board: Board, labels: Sequence[str], names: Sequence[str] | None = No
 def ranked(board: Board, labels: Sequence[str]) -> list[str]:
     """Labels without second rows of an optimizer, which would count its rank twice: once, T/2.
 
-    Among random searches also without the grid's reference, which had another budget.
+    Where there are random searches, of tuned rows only those of the most trials: the others had other budgets.
     """
     held = {row.label: row for rows in board.rows.values() for row in rows.values()}
-    random = {held[label].optimizer for label in labels if held[label].budget.startswith("random-")}
+    random = sorted({int(held[x].budget.split("-")[1]) for x in labels if held[x].budget.startswith("random-")})
+    budget = f"random-{random[-1]}" if random else TUNED
 
     def first(row: Row) -> bool:
-        return row.budget != "once" and row.part == 1 and not (row.budget == TUNED and row.optimizer in random)
+        tuned = row.budget == TUNED or row.budget.startswith("random-")
+        return row.budget != "once" and row.part == 1 and (row.budget == budget or not tuned)
 
     return [label for label in labels if first(held[label])]
 

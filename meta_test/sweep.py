@@ -125,8 +125,8 @@ def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Call
     for entrant in who:
         name = f"{entrant.name}, muP" if scaled else entrant.name
         finals, chosen, error = np.full((len(todo), seeds), np.inf), "untuned", ""
-        if not all(map(entrant.runs_on, made)):
-            error = "skipped: needs a loss without minibatches"
+        if lacks := next(filter(None, map(entrant.lacks, made)), ""):
+            error = f"skipped: needs {lacks}"
         try:
             point = tuning.Point({}, "constant")
             if entrant.tuned and not error:

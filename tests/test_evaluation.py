@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import types
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -637,7 +638,7 @@ def test_what_a_run_consists_of():
 def test_measure_counts_bytes_and_time():
     task = tasks.make("quadratic", dim=4)
     adam = entrant()._replace(contender=Contender("adam", lambda shared, *, num_steps, cosine, lr: optax.adam(lr)))
-    timing = session.measure(adam, task, 20)
+    (timing,) = session.in_turn({"adam": session.Stopwatch(adam, task, 20)}).values()
     assert timing.params_bytes == 16
     assert timing.state_bytes == 2 * 16 + 4  # two moments and a count
     assert 0 < timing.ms < 100
@@ -646,12 +647,32 @@ def test_measure_counts_bytes_and_time():
 def test_a_timed_loop_holds_whole_periods_and_the_least_counts(monkeypatch):
     """By a clock of ours: loops of 20 steps take 5, 3, 2, 4 and 9 seconds, the two before them something else."""
     ticks = iter(np.cumsum([0, 7, 0, 1, 0, 5, 0, 3, 0, 2, 0, 4, 0, 9]).tolist())
-    monkeypatch.setattr(session.time, "perf_counter", lambda: next(ticks))
-    timing = session.measure(entrants.resolve("adamw"), tasks.make("quadratic", dim=4), 20)
-    assert timing.ms == pytest.approx(1e3 * 2 / 20)
+    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    watch = session.Stopwatch(entrants.resolve("adamw"), tasks.make("quadratic", dim=4), 20)
+    assert session.in_turn({"adamw": watch})["adamw"].ms == pytest.approx(1e3 * 2 / 20)
     for seconds in (1e-7, 3e-5, 1.7e-3, 9.0):
         assert session.timed_steps(seconds) % 20 == 0
     assert session.timed_steps(1.7e-3) * 1.7e-3 >= session.TIMED_SECONDS
+
+
+def test_loops_are_in_turn():
+    class Watch:
+        def __init__(self, name):
+            self.loop = lambda: said.append(name) or len(said)
+            self.timing = list
+
+    said = []
+    found = session.in_turn({"a": Watch("a"), "b": Watch("b")})
+    assert said == ["a", "b"] * session.TIMINGS
+    assert found == {"a": [1, 3, 5, 7, 9], "b": [2, 4, 6, 8, 10]}
+
+
+def test_what_an_optimizer_asks_for_is_of_the_gradients_that_it_gets():
+    task = tasks.make("quadratic", dim=4)
+    noisy = task._replace(grad_transform=optax.add_noise(0.1, 0.5, 0))
+    for name, lacks in (("sam", "gradients that nothing transforms"), ("adamw", ""), ("momo", "")):
+        assert entrants.resolve(name).lacks(task) == ""
+        assert entrants.resolve(name).lacks(noisy) == lacks
 
 
 # Standings.
@@ -811,7 +832,7 @@ def test_speed_up_in_time_is_of_the_same_scores(tmp_path):
 
 
 def test_totals_of_three_tasks_and_unequal_seeds(tmp_path):
-    """Each field has a value of its own here: mean, median and IQM differ, and so do times and seeds."""
+    """Mean, median and IQM differ here, and so do splits, times and seeds."""
     names = ("tiny", "second", "third")
     problems = tuple(TINY._replace(name=name) for name in names)
     never = levels(9, 9, 9)[0]
@@ -824,6 +845,7 @@ def test_totals_of_three_tasks_and_unequal_seeds(tmp_path):
     }
     records = [curve_record("adamw", adamw[name], problem=name) for name in names]
     records += [curve_record("mine", mine[name], search="untuned", problem=name) for name in names]
+    records[3]["rows"][""]["losses"]["train"] = cells.rounded(np.stack([never, never]))
     folder = make_run(tmp_path, records, problems=problems)
     ms = dict(zip(names, (1.0, 2.0, 8.0), strict=True))
     timing = {name: timings(adamw=2.0, mine=2.0 * ms[name]) for name in names}
@@ -835,7 +857,11 @@ def test_totals_of_three_tasks_and_unequal_seeds(tmp_path):
     np.testing.assert_allclose(total.iqm["validation"], metrics.iqm(scores))
     np.testing.assert_allclose(total.median["validation"], np.median([19 / 14, 1.5, 0.0]))
     assert len({round(float(x), 3) for x in (metrics.iqm(scores), 19 / 14, np.nanmean(scores))}) == 3
+    on_train = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, NAN]])
+    np.testing.assert_allclose(total.iqm["train"], metrics.iqm(on_train))
+    np.testing.assert_allclose(total.median["train"], 0.0)
     boot = metrics.stratified_bootstrap
+    assert total.interval["train"] == boot(metrics.iqm, on_train)
     assert total.interval["validation"] == boot(metrics.iqm, scores)
     assert total.median_interval["validation"] == boot(metrics.median_of_means, scores)
     in_time = scores / np.array([[1.0], [2.0], [8.0]])
@@ -936,6 +962,12 @@ def test_among_random_searches_the_reference_takes_part_once(tmp_path):
     found = {t.label: t.rank for t in standings.totals(board, board.labels())}
     assert math.isnan(found.pop("adamw"))
     assert found == {"adamw, random-1": 2.0, "slow, random-1": 1.0}
+    # Joined with fewer trials, and with one that a grid was searched for: those had other budgets.
+    more = [curve_record("slow", levels(4, 2, 0.5), search="random-10"), curve_record("mine", levels(4, 1, 0.5))]
+    more.append(curve_record("free", levels(4, 3, 1.5), search="untuned"))
+    board = standings.load([make_run(tmp_path / "joined", [*records, *more])])
+    found = {t.label: t.rank for t in standings.totals(board, board.labels()) if not math.isnan(t.rank)}
+    assert found == {"slow, random-10": 1.0, "free": 2.0}
 
 
 def test_what_an_optimizer_has_met_is_said(tmp_path):
@@ -980,12 +1012,25 @@ def test_of_one_seed_there_are_no_intervals(tmp_path):
     words = page.files(board, [total])["report.md"]
     assert "| 1.00× | 1.00× |" in words
     assert "[nan" not in words
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.errorbar", lambda self, *args, xerr, **kwargs: seen.append(xerr))
+        drawing.bars([total])
+        drawing.rank_plot([total], NAN)
+    assert len(seen) == 3
+    assert not np.any(seen)
 
 
 def test_a_learned_rule_is_known_by_its_code_too(monkeypatch):
     before = entrants.resolve("lopt:quickstart").version
     monkeypatch.setattr(entrants, "code", lambda: b"another")
     assert entrants.resolve("lopt:quickstart").version != before
+    monkeypatch.undo()
+    entrants.code.cache_clear()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "tiny.py"))
+    assert entrants.resolve("lopt:quickstart").version != before
+    entrants.code.cache_clear()
 
 
 def test_profile_by_hand(board):
