@@ -143,7 +143,9 @@ def _legend(figure: Any, axis: Any, columns: int) -> None:
     )
 
 
-def profiles(labels: Sequence[str], ratios: np.ndarray, shares: np.ndarray, shown: Sequence[str]) -> str:
+def profiles(
+    labels: Sequence[str], ratios: np.ndarray, shares: np.ndarray, shown: Sequence[str], name: str = "all"
+) -> str:
     """Performance profiles; those not named are grey."""
     figure = _figure(7.2, 4.2)
     axis = figure.subplots()
@@ -165,7 +167,7 @@ def profiles(labels: Sequence[str], ratios: np.ndarray, shares: np.ndarray, show
     axis.tick_params(labelsize=8)
     axis.grid(True, linewidth=0.4, alpha=0.5)
     _legend(figure, axis, 3)
-    return svg(figure, "performance profile")
+    return svg(figure, f"performance profile of {name}")
 
 
 def rank_plot(totals: Sequence[Total], difference: float) -> str:

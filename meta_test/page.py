@@ -114,10 +114,10 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     controls = standings.totals(board, [REFERENCE, *parts], names)
     shares = standings.profile(board, labels, RATIOS)
     found = standings.budgets(board)
-    per_budget = [
-        [one.total.label for one in sorted(found, key=lambda b: _by_rank(b.total)) if one.budget == budget]
-        for budget in (standings.BUDGETS if found else ())
-    ]
+    per_budget = {
+        budget: [one.total.label for one in sorted(found, key=lambda b: _by_rank(b.total)) if one.budget == budget]
+        for budget in standings.BUDGETS
+    }
     out = [
         Section(
             "Over all tasks",
@@ -139,10 +139,14 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
                 "What the defaults (1 trial), ten points drawn from the grid (10 trials) and the whole grid reach, by "
                 f"validation loss. Wins are over the fully tuned {REFERENCE}, ranks among those of the same budget. "
                 "Ten of a large grid are a smaller share of it than ten of a small one: the points say of how many. "
-                f"Critical difference of ranks: {_difference(len(per_budget[0]) if per_budget else 0, len(names))}. "
+                f"Critical difference of ranks: {_difference(len(per_budget[standings.ONE]), len(names))}. "
                 "The profiles are those of 1 trial, 10 trials and the whole grid, in this order."
             ],
-            [drawing.profiles(ran, RATIOS, standings.profile(board, ran, RATIOS), ran[:MOST]) for ran in per_budget],
+            [
+                drawing.profiles(ran, RATIOS, standings.profile(board, ran, RATIOS), ran[:MOST], budget)
+                for budget, ran in per_budget.items()
+                if ran
+            ],
             [_budgets(board)],
         ),
         Section(
@@ -341,7 +345,7 @@ def _chosen(row: standings.Row, split: str) -> str:
         return "untuned"
     point, edges = row.chosen[split], row.edge.get(split, ())
     words = [
-        f"{key} {value:.6g}{' (at the edge of the grid)' * (key in edges)}" for key, value in point["hyper"].items()
+        f"{key} {value:.4g}{' (at the edge of the grid)' * (key in edges)}" for key, value in point["hyper"].items()
     ]
     return ", ".join([*words, point["schedule"]])
 

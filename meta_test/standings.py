@@ -137,8 +137,7 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
     for folder, about, suffix in zip(folders, abouts, names, strict=True):
         problems |= {name: Problem(**fields) for name, fields in about["problems"].items()}
         records = [cells.read(folder / CELLS / key) for key in about["cells"] if (folder / CELLS / key).is_file()]
-        versions = {f"JAX {r.get('jax', '?')}, optax {r.get('optax', '?')}" for r in records}
-        abouts[-1] = about | {"made_with": sorted(versions)}
+        about["made_with"] = sorted({f"JAX {r.get('jax', '?')}, optax {r.get('optax', '?')}" for r in records})
         new = [(record["cell"][0], row) for record in records for row in rows_of(record, problems, kept)]
         # What differs on one problem goes by another name on all of them, and so does its timing.
         other = {

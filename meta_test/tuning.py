@@ -39,7 +39,7 @@ class Point(NamedTuple):
     schedule: str
 
     def describe(self) -> str:
-        return ", ".join([*(f"{name} {value:.6g}" for name, value in self.hyper.items()), self.schedule])
+        return ", ".join([*(f"{name} {value:.4g}" for name, value in self.hyper.items()), self.schedule])
 
 
 class Found(NamedTuple):

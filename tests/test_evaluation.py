@@ -240,7 +240,7 @@ def test_a_sweep_chooses_on_validation_loss(monkeypatch):
     monkeypatch.setattr(tuning, "Bench", lambda one, task, tick: FakeBench(one, bowl(0.0123), bowl(0.2, "constant")))
     todo = [TINY._replace(note="a"), TINY._replace(note="b", settings={"dim": 5})]
     (line,) = sweep.lines(todo, [entrant()], 2, lambda text: None)
-    assert line.chosen == f"lr {near(0.0123):.3g}, cosine"
+    assert line.chosen == f"lr {near(0.0123):.4g}, cosine"
     np.testing.assert_allclose(line.finals, np.full((2, 2), 1 + math.log(near(0.0123) / 0.0123) ** 2))
 
 
