@@ -39,27 +39,34 @@ def _zoo() -> Path:
 
 def available(*, nowcasts: bool = False) -> list[str]:
     """Names that `load` knows; or those of nowcast networks, which `lopt.nowcast.read` knows."""
-    named = {path.parent.name: path for path in _zoo().glob(f"*/{CONFIG}")}
-    return sorted(name for name, path in named.items() if _of_nowcasts(path.parent) == nowcasts)
+    return sorted(name for name, path in _shipped().items() if _of_nowcasts(path) == nowcasts)
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in _zoo().glob(f"*/{CONFIG}")}
 
 
 def _of_nowcasts(folder: Path) -> bool:
     try:
-        return str(json.loads((folder / CONFIG).read_bytes())["rule"]).startswith("nowcast.")
+        return _is_nowcast(json.loads((folder / CONFIG).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return False  # whoever loads it is told
 
 
+def _is_nowcast(config: Mapping[str, Any]) -> bool:
+    return str(config["rule"]).startswith("nowcast.")
+
+
 def find(name: str | os.PathLike[str], *, nowcasts: bool = False) -> Path:
     """Folder of a shipped name or of a path. Raises ValueError listing the known names, the nearest first."""
-    known = available(nowcasts=nowcasts)
-    if str(name) in known or str(name) in available(nowcasts=not nowcasts):  # whoever reads it says what it is
-        return _zoo() / str(name)
+    if held := _shipped().get(str(name)):  # of either kind: whoever reads it says what it is
+        return held
     where, what = ("lopt.nowcast.read", "network") if nowcasts else ("lopt.load", "optimizer")
     path = Path(name)
     if path.is_dir() and str(name):
         # The folder of a run holds its artifact in a folder of that name.
         return path / "artifact" if (path / "artifact" / CONFIG).is_file() else path
+    known = available(nowcasts=nowcasts)
     if path.name != str(name):
         raise ValueError(f"{where}: {str(name)!r} is neither a folder nor a shipped name; valid: {', '.join(known)}.")
     raise unknown(where, f"{what} (and no such folder)", str(name), known)
@@ -73,7 +80,7 @@ def read(name: str | os.PathLike[str] = DEFAULT) -> tuple[LearnedOptimizer, Any]
     """
     folder = find(name)
     config = read_config(folder)
-    if _of_nowcasts(folder):
+    if _is_nowcast(config):
         raise ValueError(f"lopt.load: {folder} holds a network of nowcasts; valid: lopt.nowcast.read({str(name)!r}).")
     try:
         rule = rules.make(config["rule"], **config["settings"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from meta_test import drawing, metrics, standings
 from meta_test.session import REFERENCE
-from meta_test.standings import Board, Score, Total
+from meta_test.standings import Board, Budget, Score, Total
 
 FILES = ("report.html", "report.md", "results.csv", "summary.csv", "budgets.csv")
 MOST = 6  # curves drawn in full
@@ -97,8 +97,8 @@ def highlighted(board: Board, totals: Sequence[Total]) -> list[str]:
     return [total.label for total in ordered[:MOST]]
 
 
-def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
-    """The report without its form."""
+def sections(board: Board, totals: Sequence[Total], found: Sequence[Budget]) -> list[Section]:
+    """The report without its form; of totals and budgets of the board."""
     labels = board.labels()
     if not totals:
         missing = f"No problem has a tuned {REFERENCE} that ended, so that there is nothing to measure against."
@@ -113,11 +113,11 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     parts = sorted(label for label in every if all(label in board.rows[name] for name in names))
     controls = standings.totals(board, [REFERENCE, *parts], names)
     shares = standings.profile(board, labels, RATIOS)
-    found = standings.budgets(board)
     per_budget = {
         budget: [one.total.label for one in sorted(found, key=lambda b: _by_rank(b.total)) if one.budget == budget]
         for budget in standings.BUDGETS
     }
+    within = metrics.critical_difference(len(per_budget[standings.ONE]), len(names))
     out = [
         Section(
             "Over all tasks",
@@ -139,7 +139,7 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
                 "What the defaults (1 trial), ten points drawn from the grid (10 trials) and the whole grid reach, by "
                 f"validation loss. Wins are over the fully tuned {REFERENCE}, ranks among those of the same budget. "
                 "Ten of a large grid are a smaller share of it than ten of a small one: the points say of how many. "
-                f"Critical difference of ranks: {_difference(len(per_budget[standings.ONE]), len(names))}. "
+                f"Critical difference of ranks: {_difference(within)}. "
                 "The profiles are those of 1 trial, 10 trials and the whole grid, in this order."
             ],
             [
@@ -147,7 +147,7 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
                 for budget, ran in per_budget.items()
                 if ran
             ],
-            [_budgets(board)],
+            [_budgets(found)],
         ),
         Section(
             "Performance profile",
@@ -162,7 +162,7 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
             "Ranks",
             [
                 "By final validation loss on each task and seed. Mean ranks that differ by less than the critical "
-                f"difference (Nemenyi, 5 %), {_difference(len(in_ranks), len(names))} here, are not told apart by "
+                f"difference (Nemenyi, 5 %), {_difference(difference)} here, are not told apart by "
                 "so few tasks. An optimizer takes part once: without rows “once” and, beside random searches, without "
                 "what a grid or fewer trials found."
             ],
@@ -172,8 +172,7 @@ def sections(board: Board, totals: Sequence[Total]) -> list[Section]:
     return out + [_problem(board, problem.name, shown) for problem in board.problems]
 
 
-def _difference(optimizers: int, tasks: int) -> str:
-    difference = metrics.critical_difference(optimizers, tasks)
+def _difference(difference: float) -> str:
     return f"{difference:.1f}" if math.isfinite(difference) else "none"
 
 
@@ -269,7 +268,7 @@ def _totals(totals: Sequence[Total]) -> Table:
     return Table(header, rows)
 
 
-def _budgets(board: Board) -> Table:
+def _budgets(found: Sequence[Budget]) -> Table:
     header = (
         "optimizer", "budget", "points", "speed-up (IQM)", "median", "win rate", "mean rank", "win rate, test",
         "mean rank, test",
@@ -286,7 +285,7 @@ def _budgets(board: Board) -> Table:
             share(one.total.test_win, one.total.test_win_interval),
             rank(one.total.test_rank, one.total.test_rank_interval),
         )
-        for one in standings.budgets(board)
+        for one in found
     ]
     return Table(header, rows)
 
@@ -545,8 +544,8 @@ def summary_csv(totals: Sequence[Total], before: Sequence[Mapping[str, Any]] = (
 def files(board: Board, totals: Sequence[Total]) -> dict[str, str]:
     """The report's files by name; totals are those of all labels."""
     title = f"Optimizers on {board.abouts[0]['suite']}"
-    parts, about = sections(board, totals), environment(board)
     found, keys = standings.budgets(board), ("optimizer", "budget", "points")
+    parts, about = sections(board, totals, found), environment(board)
     contents = (
         as_html(title, parts, about),
         as_markdown(title, parts, about),

@@ -11,7 +11,8 @@ from lopt.console import span
 from meta_train import artifact
 from meta_train import config as cfg
 from meta_train.groups import programs
-from meta_train.program import Program, Stage, State, usable_devices
+from meta_train.placement import usable_devices
+from meta_train.program import Program, Stage, State
 
 SECONDS = 5.0  # of meta-steps of a stage to measure, at least three
 

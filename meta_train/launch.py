@@ -28,6 +28,7 @@ from lopt.console import fail, prepare_jax, span
 from meta_train import config as cfg
 from meta_train.estimators import WHOLE_EPISODES
 from meta_train.nowcast_config import Nowcasting
+from meta_train.record import write_whole
 
 T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`
@@ -210,9 +211,7 @@ def _start_nowcasts(launch: LaunchNowcasts) -> int:
 
 
 def _write_config(folder: Path, run: Any) -> None:
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(run.to_json(), indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    write_whole(folder / "config.json", json.dumps(run.to_json(), indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -60,13 +60,12 @@ class Meter:
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
-    def line(self) -> dict[str, float]:
-        """A line of the record; waits for the device and begins anew."""
-        line = _summary(jax.device_get(self._pending))
-        now = time.monotonic()
-        line["inner_steps_per_second"] = round(line["inner_steps"] / (now - self._since))
+    def window(self) -> tuple[list[dict[str, Any]], float]:
+        """What was measured, and in how many seconds; waits for the device and begins anew."""
+        window, now = jax.device_get(self._pending), time.monotonic()
+        seconds = max(now - self._since, 1e-9)
         self._pending, self._since = [], now
-        return line
+        return window, seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -126,7 +125,9 @@ def train(
             save = at % run.checkpoint_every == 0 or at == run.meta_steps or came
             # A line with each checkpoint too: what was measured and not written would be lost to who resumes there.
             if at % run.log_every == 0 or save:
-                line = meter.line()
+                window, seconds = meter.window()
+                line = _summary(window)
+                line["inner_steps_per_second"] = round(line["inner_steps"] / seconds)
                 loss, notes[0] = line["meta_loss"], _progress(line)
             if validate and (at % run.validation.every == 0 or at == run.meta_steps):
                 with meter.paused():
@@ -186,6 +187,12 @@ def _restore(
     return program.place(saved), int(at)
 
 
+def too_many(skipped: float, at: int, limit: float) -> bool:
+    """Whether so many lost meta-gradients of `at` are more than their limit, a share."""
+    patience = min(10, at - 1)  # a few at the start are no share yet, unless they are all there were
+    return skipped > max(patience, limit * at)
+
+
 def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float], saved: Sequence[int] = ()) -> None:
     """Stop a run too many of whose meta-gradients are lost. Raises ValueError naming the groups.
 
@@ -195,8 +202,7 @@ def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float], saved: Seq
       line: of the record; `skipped` is their count so far.
       saved: meta-steps of the checkpoints.
     """
-    patience = min(10, at - 1)  # a few at the start are no share yet, unless they are all there were
-    if line["skipped"] <= max(patience, run.skip_limit * at):
+    if not too_many(line["skipped"], at, run.skip_limit):
         return
     lost = [f"{g.family} ({i})" for i, g in enumerate(run.groups) if line[f"skipped/{i}"]]
     raise ValueError(

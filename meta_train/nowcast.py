@@ -23,7 +23,7 @@ from lopt.console import progress, span
 from meta_train import nowcast_training as training
 from meta_train import trajectories
 from meta_train.checkpoint import Checkpoints
-from meta_train.loop import stop_requests
+from meta_train.loop import Meter, stop_requests, too_many
 from meta_train.nowcast_config import Nowcasting
 from meta_train.nowcast_validation import validator
 from meta_train.record import Log, read_metrics
@@ -65,9 +65,8 @@ def pinned(run: Nowcasting) -> Nowcasting:
 
 def wirings(run: Nowcasting, held: Sequence[trajectories.Held]) -> list[Any]:
     """Of each task. Raises ValueError if a structure is not recognised."""
-    taps = next((n.settings["taps"] for n in training.networks(run).values() if n.name == "gnn"), 9)
     return [
-        training.replicated(run, training.wiring(one.leaves, group.heads, taps))
+        training.replicated(run, training.wiring(one.leaves, group.heads))
         for one, group in zip(held, run.recording.groups, strict=True)
     ]
 
@@ -115,7 +114,7 @@ def _train(
     kept = iter(trajectories.batches(run, folder / FOLDER, held, validation=True)) if run.recording.held else None
     judged = [next(kept) for _ in range(JUDGED)] if kept else []
     stream = trajectories.batches(run, folder / FOLDER, held, first=at)
-    meter, notes = _Meter(), ["", ""]
+    meter, notes = Meter(), ["", ""]
     try:
         with progress("meta-step", run.training.steps, start=at) as report:
             while at < run.training.steps and not came:
@@ -127,10 +126,10 @@ def _train(
                 save = at % run.checkpoint_every == 0 or last or came
                 line: dict[str, float] = {}
                 if at % run.log_every == 0 or save:
-                    line = meter.line(state.skipped)
+                    line = _line(meter, state.skipped)
                     notes[0] = _progress(run, line)
                 if at % run.validation.every == 0 or last:
-                    with meter.paused(state):
+                    with meter.paused():
                         found = _losses(losses, wired, judged, state)
                         if judge:
                             state, scores = _validate(run, judge, state, at)
@@ -153,41 +152,14 @@ def _train(
     return state, came if at < run.training.steps else 0
 
 
-class _Meter:
-    """What meta-steps measured since the last line, and how fast they were."""
-
-    def __init__(self) -> None:
-        self._pending: list[dict[str, Any]] = []
-        self._since = time.monotonic()
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        self._pending.append(metrics)
-        if len(self._pending) > 4:
-            jax.block_until_ready(self._pending[-5])
-
-    def line(self, skipped: dict[str, Any]) -> dict[str, float]:
-        """Means since the last; waits for the device."""
-        window = jax.device_get(self._pending)
-        names = sorted({name for one in window for name in one})
-        line = {name: float(np.mean([one[name] for one in window])) for name in names}
-        line |= {f"skipped/{name}": float(n) for name, n in skipped.items()}
-        now = time.monotonic()
-        line["steps_per_second"] = round(len(window) / max(now - self._since, 1e-9), 2)
-        self._pending, self._since = [], now
-        return line
-
-    def paused(self, state: Any) -> Any:
-        """Time that is none of the meta-steps'."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def pause() -> Any:
-            jax.block_until_ready(state)
-            began = time.monotonic()
-            yield
-            self._since += time.monotonic() - began
-
-        return pause()
+def _line(meter: Meter, skipped: dict[str, Any]) -> dict[str, float]:
+    """Means of what was measured since the last line; waits for the device."""
+    window, seconds = meter.window()
+    names = sorted({name for one in window for name in one})
+    line = {name: float(np.mean([one[name] for one in window])) for name in names}
+    line |= {f"skipped/{name}": float(n) for name, n in skipped.items()}
+    line["steps_per_second"] = round(len(window) / seconds, 2)
+    return line
 
 
 def _progress(run: Nowcasting, line: dict[str, float]) -> str:
@@ -213,7 +185,7 @@ def _validate(run: Nowcasting, judge: Any, state: training.State, at: int) -> tu
 
 def _refuse_divergence(run: Nowcasting, at: int, state: training.State) -> None:
     lost = {name: int(n) for name, n in state.skipped.items()}
-    if max(lost.values()) > max(min(10, at - 1), run.skip_limit * at):
+    if too_many(max(lost.values()), at, run.skip_limit):
         raise ValueError(
             f"lopt-train: gradients that were not finite, of {at}: {lost}, more than skip_limit = {run.skip_limit} "
             "allows. They did not move theta; valid: a smaller training.lr, or float32, in a new run."

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lopt import nowcast
 from lopt.console import compiler_options
 from lopt.nowcast import network as N
 from lopt.nowcast import predict, wrapper
-from lopt.nowcast.proofs import floating
+from lopt.nowcast.modules import floating
 from meta_train.nowcast_config import Nowcasting
+from meta_train.trajectories import mesh_over
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -69,7 +70,7 @@ def padded(n: int, least: int = 64) -> int:
     return size
 
 
-def wiring(leaves: Sequence[Sequence[Any]], heads: int, taps: int) -> Wiring:
+def wiring(leaves: Sequence[Sequence[Any]], heads: int) -> Wiring:
     """Of leaves by path and shape. Raises ValueError if their graph is not recognised."""
     params: dict[str, Any] = {}
     for path, shape in leaves:
@@ -83,7 +84,7 @@ def wiring(leaves: Sequence[Sequence[Any]], heads: int, taps: int) -> Wiring:
     found = [path for path, _ in floating(params)]
     if found != paths:
         raise ValueError(f"lopt-train: leaves {paths} are in another order than {found}; valid: the order of a tree.")
-    layout = predict.plan(graph, params, paths, taps=taps, small=2**62)
+    layout = predict.plan(graph, params, paths, taps=N.DEFAULTS["gnn"]["taps"], small=2**62)
     sizes = [int(np.prod(shape, dtype=int)) for _, shape in leaves]
     stops = np.cumsum([0, *sizes])
     columns = np.concatenate([np.arange(stops[i], stops[i + 1]) for i in layout.small])
@@ -208,16 +209,9 @@ def init(run: Nowcasting) -> State:
     return State(theta, opt, jax.tree.map(jnp.copy, theta), never, zero, dict(zero))
 
 
-def mesh_of(run: Nowcasting) -> Mesh:
-    """The most devices among which the trajectories of a meta-step can be shared out."""
-    devices = jax.local_devices()
-    n = next(n for n in range(len(devices), 0, -1) if run.training.trajectories % n == 0)
-    return Mesh(np.array(devices[:n]), ("trajectories",))
-
-
 def replicated(run: Nowcasting, tree: Any) -> Any:
     """On all devices of a run."""
-    return jax.device_put(tree, NamedSharding(mesh_of(run), PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh_over(run.training.trajectories), PartitionSpec()))
 
 
 def meta_step(run: Nowcasting) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -225,7 +219,7 @@ def meta_step(run: Nowcasting) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     Compiled once for each size of parameters. The trajectories are shared out among the devices.
     """
-    made, mesh, tx = networks(run), mesh_of(run), optimizer(run)
+    made, mesh, tx = networks(run), mesh_over(run.training.trajectories), optimizer(run)
     over, everywhere = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
     jit = partial(jax.jit, compiler_options=compiler_options(), out_shardings=NamedSharding(mesh, everywhere))
 

@@ -198,3 +198,8 @@ def gather(states: Sequence[Any], shapes: Sequence[Any], placement: Placement) -
         everyones = distributed.each(mine)
         whole.append(jax.tree.map(lambda x, held=held: np.concatenate([x[p] for p in held]), everyones))
     return tuple(whole)
+
+
+def usable_devices(pairs: int, available: int) -> int:
+    """The largest number of devices over which the pairs divide evenly."""
+    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)

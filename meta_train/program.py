@@ -27,6 +27,7 @@ from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
 from meta_train.groups import feed, make_tasks, param_shapes
 from meta_train.inner import Horizon, Inner, make_inner
+from meta_train.placement import usable_devices
 
 AXIS = "particles"
 
@@ -276,10 +277,10 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
     shardings, replicated = State(*(NamedSharding(mesh, part) for part in layout)), NamedSharding(mesh, EVERYWHERE)
 
     def compiled(stage: cfg.Stage) -> Stage:
-        step = alone(stage) if len(pieces.weights) == 1 else apart(stage)
+        step = one_program(stage) if len(pieces.weights) == 1 else one_each(stage)
         return Stage(stage.start, step, pieces.most(stage))
 
-    def alone(stage: cfg.Stage) -> Any:
+    def one_program(stage: cfg.Stage) -> Any:
         def estimate(data, step, theta, state):
             found, state = pieces.estimate(stage, 0, data, step, theta, state)
             return found.across(AXIS), state
@@ -298,7 +299,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         jax.eval_shape(step, data, pieces.shapes)  # errors of settings surface before anything is written
         return step
 
-    def apart(stage: cfg.Stage) -> separate.Separate:
+    def one_each(stage: cfg.Stage) -> separate.Separate:
         spread, rest = NamedSharding(mesh, SPREAD), shardings._replace(estimators=())
 
         def part(i: int) -> Any:
@@ -509,8 +510,3 @@ def _validator(
         return state._replace(best=best), scores
 
     return validate
-
-
-def usable_devices(pairs: int, available: int) -> int:
-    """The largest number of devices over which the pairs divide evenly."""
-    return next(n for n in range(min(pairs, available), 0, -1) if pairs % n == 0)

@@ -6,6 +6,13 @@ import json
 from pathlib import Path
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(text)
+    partial_path.replace(path)
+
+
 class Log:
     """metrics.jsonl, the record, and TensorBoard events, a view of it."""
 
@@ -15,9 +22,7 @@ class Log:
 
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= after]
-        partial_path = folder / ".metrics.jsonl.partial"
-        partial_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial_path.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
     def write(self, line: dict[str, float]) -> None:

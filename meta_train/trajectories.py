@@ -22,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tasks
 from meta_train.nowcast_config import Nowcasting, Recorded, Recording, recording_identity
+from meta_train.placement import usable_devices
+from meta_train.record import write_whole
 from tasks import held_out
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def record(
             refuse(run, [task])
             say = lambda n, task=task, done=done: report(done + n, f"{task.name}")  # noqa: E731
             held.append(_record_one(run, i, group, task, folder, say, stop))
-            _write(folder / MANIFEST, _manifest(run, held))
+            write_whole(folder / MANIFEST, _manifest(run, held))
         done += states
     return held
 
@@ -141,7 +143,7 @@ def _record_one(
         jnp.array([int(one["seed"]) for one in which])
     )
     rates = tuple(jnp.array([one[name] for one in which], jnp.float32) for name in ("lr", "weight_decay"))
-    mesh = _mesh(len(which))
+    mesh = mesh_over(len(which))
     begin, piece = _recorder(task, recording, mesh)
     states = group.steps // recording.interval
     carry, parts, each = begin(keys, rates), [], -(-states // PIECES)
@@ -218,11 +220,10 @@ def _recorder(task: tasks.Task, recording: Recording, mesh: Mesh) -> tuple[Calla
     return jax.jit(jax.vmap(first), out_shardings=NamedSharding(mesh, over)), piece
 
 
-def _mesh(count: int) -> Mesh:
+def mesh_over(count: int) -> Mesh:
     """The most devices among which so many trajectories can be shared out."""
     devices = jax.local_devices()
-    n = next(n for n in range(len(devices), 0, -1) if count % n == 0)
-    return Mesh(np.array(devices[:n]), ("trajectories",))
+    return Mesh(np.array(devices[: usable_devices(count, len(devices))]), ("trajectories",))
 
 
 def flat(params: Any) -> Float[Array, "P"]:
@@ -240,12 +241,6 @@ def _leaves(params: Any) -> list[tuple[str, tuple[int, ...]]]:
 def _manifest(run: Nowcasting, held: Sequence[Held]) -> str:
     tree = {"identity": recording_identity(run), "dtype": run.recording.dtype, "interval": run.recording.interval}
     return json.dumps(tree | {"tasks": [one._asdict() for one in held]}, indent=1) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text)
-    partial_path.replace(path)
 
 
 def read_manifest(run: Nowcasting, folder: Path) -> list[Held]:

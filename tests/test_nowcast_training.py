@@ -172,7 +172,7 @@ def test_training_sees_what_nowcasts_do():
     run = small(networks=("gnn",), layers=1)
     network = training.networks(run)["gnn"]
     network = network._replace(theta=jax.tree.map(lambda x: 3 * x, network.theta))
-    wired = training.wiring(LEAVES, 0, 9)
+    wired = training.wiring(LEAVES, 0)
     fc = {"b": jnp.zeros(4), "w": jnp.zeros((12, 4))}
     params = {"conv": {"b": jnp.zeros(3), "w": jnp.zeros((3, 3, 2, 3))}, "fc": fc}
     sizes = [x.size for x in jax.tree.leaves(params)]

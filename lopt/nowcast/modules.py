@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lopt.nowcast.proofs import floating
+import jax
+import numpy as np
 
 KERNELS, BIASES, TABLES = ("kernel", "w", "weight"), ("bias", "b", "offset", "beta"), ("embedding", "embeddings")
 SCALES = ("scale", "gamma", "weight")
@@ -46,6 +47,23 @@ class Module(NamedTuple):
     @property
     def norm(self) -> tuple[str | None, str | None]:
         return (self.scale.path if self.scale else None, self.b)
+
+
+def by_path(params: Any) -> list[tuple[str, Any]]:
+    """Path and leaf of each."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def floating(params: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each leaf of floats."""
+    return [
+        (path, tuple(np.shape(leaf)))
+        for path, leaf in by_path(params)
+        if jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.floating) and np.size(leaf)
+    ]
 
 
 def parse(params: Any) -> list[Module]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lopt.nowcast import network as N
 from lopt.nowcast.graph import Block, Graph, View
-from lopt.nowcast.proofs import floating
+from lopt.nowcast.modules import floating
 
 TILE = 2048  # edges; vectors of a tile are 1 MB each at width 128
 SMALL = 2**16  # edges of a block that is still packed with others

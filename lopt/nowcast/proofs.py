@@ -11,6 +11,7 @@ import numpy as np
 
 from lopt.base import unknown
 from lopt.nowcast import network as N
+from lopt.nowcast.modules import by_path, floating
 
 if TYPE_CHECKING:
     from lopt.nowcast.graph import Block, Graph, Nodes
@@ -115,7 +116,7 @@ def permuted(graph: Graph, params: Any, order: Mapping[str, Any]) -> Any:
             if group.name == name:
                 to[group.ids] = group.ids[np.asarray(places)]
     missing(graph, params)
-    flat = {path: np.asarray(leaf).reshape(-1) for path, leaf in _leaves(params)}
+    flat = {path: np.asarray(leaf).reshape(-1) for path, leaf in by_path(params)}
     new = {path: leaf.copy() for path, leaf in flat.items()}
     for block in graph.blocks:
         if block.leaf is None:
@@ -130,7 +131,7 @@ def permuted(graph: Graph, params: Any, order: Mapping[str, Any]) -> Any:
             )
         index = block.places()
         new[block.leaf][index[at]] = flat[block.leaf][index[goes]]
-    paths = [path for path, _ in _leaves(params)]
+    paths = [path for path, _ in by_path(params)]
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten([new[path].reshape(np.shape(x)) for path, x in zip(paths, leaves, strict=True)])
 
@@ -165,19 +166,3 @@ def _check(block: Block, size: int, shape: tuple[int, ...], count: int) -> None:
     for role, n in lengths.items():
         if sizes.get(role, 1) != n:
             raise ValueError(f"{where}: {n} neurons for an axis of {sizes.get(role, 1)}; valid: as many.")
-
-
-def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-
-
-def floating(params: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """Path and shape of each leaf of floats."""
-    return [
-        (path, tuple(np.shape(leaf)))
-        for path, leaf in _leaves(params)
-        if jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.floating) and np.size(leaf)
-    ]

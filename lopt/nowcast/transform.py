@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt.nowcast.proofs import floating
+from lopt.nowcast.modules import floating
 
 # (history [T, *shape] a leaf, horizons [K]) -> [K, *shape] float32 differences a leaf, None: the leaf stays
 Predictor = Callable[[list[jax.Array], jax.Array], list[Any]]

@@ -17,7 +17,7 @@ import optax
 from lopt.nowcast import network as N
 from lopt.nowcast import predict
 from lopt.nowcast.graph import Graph
-from lopt.nowcast.proofs import floating
+from lopt.nowcast.modules import floating
 from lopt.nowcast.transform import Nowcaster, Predictor, Settings, nowcaster
 
 
