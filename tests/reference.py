@@ -491,6 +491,7 @@ class Tiny(Rule):
     step_mult: float = 0.03
     min_rms: float = 0.02
     clip: float = 5.0
+    newton_schulz: bool = False
     schedule: str = "cosine"
 
     def __post_init__(self):
@@ -531,7 +532,10 @@ class Tiny(Rule):
         xs = [np.clip(x, -self.clip, self.clip) for x in normalised(self.inputs(averages, g, p), 1e-12)]
         time = [min(self.t / self.num_steps, 1), np.log1p(self.t) / 7]
         direction = network(self.theta.mlp, xs, time)[..., 0] + network([(self.theta.skip, 0.0)], xs, time)
-        direction = normalised([np.where(averages.v > 0, direction, 0)], 1e-12)[0]
+        direction = np.where(averages.v > 0, direction, 0)
+        if self.newton_schulz and g.ndim > 1:
+            direction = newton_schulz(direction)
+        direction = normalised([direction], 1e-12)[0]
         log_step = self.theta.log_step
         if self.theta.pace:
             log_step = log_step + self.pace(self.corrected(averages), p)

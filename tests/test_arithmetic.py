@@ -122,6 +122,7 @@ CASES = {
         "vec s sq",
     ),
     "tiny, paced": Case("tiny", dict(hidden=4, pace=8), dict(num_steps=100), "mat vec s"),
+    "tiny, orthogonal": Case("tiny", dict(hidden=4, newton_schulz=True), dict(num_steps=100), "mat vec r5"),
     "nn_adam, LSTM": Case("nn_adam", dict(lstm_hidden=8, lr0=0.01), dict(lr=0.5, weight_decay=0.1)),
 }
 
@@ -357,6 +358,8 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
         "tiny, paced",
         Patch(R.Tiny, "pace", lambda f: lambda self, a, p: f(self, a, p[None])),
     ),
+    "tiny: no Newton-Schulz": ("tiny, orthogonal", dict(newton_schulz=False)),
+    "tiny: Newton-Schulz regardless": ("tiny", dict(newton_schulz=True)),
     "tiny: clip of its default": ("tiny, clipped", dict(clip=5.0)),
     **{
         f"{case}: {key} of its default": (case, {key: None})

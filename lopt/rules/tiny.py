@@ -19,19 +19,21 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
+from lopt.rules.celo2 import orthogonalize
 from lopt.tensor import Scaled
 from lopt.transform import Arithmetic, define
 
 INPUTS = 17  # per element; t/T and log t are added
 SIGNALS = slice(6, 9)  # the inputs m·rsqrt(v)
 HAND_SET = 6  # that of decay .9
+MOMENTUM = 0  # of decay .9
 PACE_INPUTS = 7  # of a tensor
 SMALLEST = 1e-3  # of what has a logarithm taken
 
 
 class Theta(NamedTuple):
     mlp: tuple[F.Layer, ...]
-    skip: jax.Array  # [19] the direction's linear part; starts at the momentum of decay .9 times rsqrt(v)
+    skip: jax.Array  # [19] the direction's linear part; starts at momentum .9 times rsqrt(v), see newton_schulz
     log_step: jax.Array  # () natural logarithm of a factor of step_mult; starts at 0
     pace: tuple[F.Layer, ...] = ()  # adds to log_step; starts near 0
 
@@ -89,6 +91,7 @@ def tiny(
     clip: float = 5.0,
     momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
     second_moment: float = 0.98,
+    newton_schulz: bool = False,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -100,6 +103,8 @@ def tiny(
       clip: normalised features are clipped to ± this.
       momenta: decays of the three momenta.
       second_moment: decay of the second moment, the full and the factored one.
+      newton_schulz: orthogonalise the direction of tensors of rank >= 2 over their last two axes. What it starts at
+        is then the sum of the momentum of decay .9 and that times rsqrt(v), each of length 1.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -115,7 +120,8 @@ def tiny(
         *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))
         # The hand-set direction alone at first: meta-training starts from an optimizer that works.
         mlp = (*layers, last._replace(w=0.1 * last.w))
-        skip = jnp.zeros(INPUTS + 2, jnp.float32).at[HAND_SET].set(1.0)
+        start = (HAND_SET, MOMENTUM) if newton_schulz else (HAND_SET,)
+        skip = jnp.zeros(INPUTS + 2, jnp.float32).at[jnp.array(start)].set(1.0)
         log_step = jnp.zeros((), jnp.float32)
         if not pace:
             return Theta(mlp, skip, log_step)
@@ -152,7 +158,9 @@ def tiny(
                 signals = 1 / scales[SIGNALS].reshape(-1)
                 log_step += length(theta.pace, condition(signals, rms, len(tensor.leaf.shape), told))
             size = step_mult * jnp.exp(log_step) * jnp.maximum(rms, min_rms)
-            return F.move(tensor, direction, rows, Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12)))
+            matrices = orthogonalize if newton_schulz and len(tensor.leaf.shape) >= 2 else None
+            scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
+            return F.move(tensor, direction, rows, scaled)
 
         return Arithmetic(init_leaf, update, theta)
 
@@ -164,5 +172,6 @@ def tiny(
         clip=clip,
         momenta=decays.m,
         second_moment=second_moment,
+        newton_schulz=newton_schulz,
     )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine")
