@@ -120,14 +120,14 @@ def run(args: argparse.Namespace) -> int:
             "--out and join the reports."
         )
     timing = {} if args.no_timing else session.timings(chosen, wanted, _line)
+    now = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine()}
     about = {
         "suite": version,
         "suite_size": len(SUITES[args.suite]),
         "seeds": args.seeds,
         "command": args.written,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(time.monotonic() - began, 1),
-        "machine": machine(),
+        **now,
         "problems": {problem.name: problem._asdict() for problem in chosen},
         "cells": sorted(used),
         "counts": counts,
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     }
     cells.write(args.out, standings.ABOUT, about)
     if timing or not (args.out / standings.TIMING).is_file():  # --no-timing keeps what was measured before
-        cells.write(args.out, standings.TIMING, {"timing": timing})
+        cells.write(args.out, standings.TIMING, {**now, "timing": timing})
     print(_counted(counts))
     return write_report([args.out], args.out, None)
 

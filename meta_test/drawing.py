@@ -117,7 +117,7 @@ def bars(totals: Sequence[Total]) -> str:
     figure = _figure(7.2, 0.9 + 0.36 * len(totals))
     axis = figure.subplots()
     ordered = sorted(totals, key=lambda t: (np.nan_to_num(t.iqm["validation"], nan=-1.0), t.label))
-    for split, shift, face, hatch in (("validation", 0.19, "#4d4d4d", ""), ("train", -0.19, "#ffffff", "////")):
+    for split, shift, face, hatch in (("validation", 0.19, "#bdbdbd", ""), ("train", -0.19, "#ffffff", "////")):
         at = np.arange(len(ordered)) + shift
         values = np.nan_to_num([t.iqm[split] for t in ordered])
         low, high = np.array([t.interval[split] for t in ordered]).T  # NaN: of one seed there is none
@@ -125,7 +125,7 @@ def bars(totals: Sequence[Total]) -> str:
             at, values, 0.36, color=face, edgecolor="black", linewidth=0.6, hatch=hatch, label=f"{WORDS[split]} loss"
         )
         error = np.nan_to_num(np.maximum([values - low, high - values], 0))
-        axis.errorbar(values, at, xerr=error, fmt="none", ecolor="#b2182b", elinewidth=1.4, capsize=3)
+        axis.errorbar(values, at, xerr=error, fmt="none", ecolor="black", elinewidth=1.4, capsize=3)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=(0, (4, 2)))
     axis.set_yticks(range(len(ordered)), [t.label for t in ordered], fontsize=9)
     axis.set_xlabel(f"speed-up over tuned {REFERENCE}, IQM and 95 % interval", fontsize=9)

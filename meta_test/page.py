@@ -361,6 +361,7 @@ def environment(board: Board) -> list[tuple[str, str]]:
             ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}"),
             ("versions", f"Python {machine['python']}, JAX {machine['jax']}, optax {machine['optax']}"),
             ("lopt", f"{machine.get('lopt', 'unknown')}, commit {machine.get('commit') or 'unknown'}"),
+            ("steps timed", _timed(about)),
             ("records", f"{len(about['cells'])}, sha256 of their keys {digest(about['cells'])}"),
             ("records made with", "; ".join(about.get("made_with", ())) or "unknown"),
         ]
@@ -372,6 +373,14 @@ def environment(board: Board) -> list[tuple[str, str]]:
     return out
 
 
+def _timed(about: Mapping[str, Any]) -> str:
+    """When and where the milliseconds a step were measured, which --no-timing leaves as they were."""
+    timed = about.get("timed") or {}
+    if not timed.get("date"):
+        return "never" if "timed" not in about else "unknown"
+    return f"{timed['date']}, {timed['machine']['cpu']}, {timed['machine']['cores']} cores"
+
+
 def digest(names: Sequence[str]) -> str:
     """One hash of all cells' keys: equal if two runs rest on the same inputs."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
@@ -381,7 +390,7 @@ NOTES = (
     "Definitions, formulas and their sources: docs/evaluation.md. Paired: a seed fixes data, initial weights and every "
     "minibatch for all optimizers alike. Tuned on other seeds than those reported; learning rate, schedule and weight "
     "decay chosen on validation loss (for the training columns on training loss, but for “once”, 1 trial and 10 "
-    "trials, which have one setting for both). ms a step: one run alone, measured in the session of the command above. "
+    "trials, which have one setting for both). ms a step: one run alone, at the date below. "
     "Bands: least to largest of the seeds; dashed line: the target."
 )
 
@@ -468,8 +477,12 @@ def _markdown_line(texts: Sequence[str]) -> str:
 
 
 def results_csv(board: Board) -> str:
-    """One line a problem, row and split; numbers in full."""
+    """One line a problem, row and split; numbers have six digits."""
     out = io.StringIO()
+    tested = (
+        "loss",
+        *sorted({name for held in board.rows.values() for row in held.values() for name in row.test} - {"loss"}),
+    )
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         (
@@ -485,8 +498,7 @@ def results_csv(board: Board) -> str:
             "speed_up",
             "speed_up_in_time",
             "diverged",
-            "test_loss",
-            "test_accuracy",
+            *(f"test_{name}" for name in tested),
             "ms",
             "state_bytes",
             "chosen",
@@ -497,12 +509,20 @@ def results_csv(board: Board) -> str:
         for row in board.rows[problem.name].values():
             for split in ("validation", "train"):
                 writer.writerow(
-                    [problem.name, problem.num_steps, row.label, split, *_csv_cells(board, problem, row, found, split)]
+                    [
+                        problem.name,
+                        problem.num_steps,
+                        row.label,
+                        split,
+                        *_csv_cells(board, problem, row, found, split, tested),
+                    ]
                 )
     return out.getvalue()
 
 
-def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, Score], split: Any) -> list[Any]:
+def _csv_cells(
+    board: Board, problem: Any, row: standings.Row, found: dict[str, Score], split: Any, tested: Sequence[str]
+) -> list[Any]:
     score = found.get(row.label)
     if score is None:
         return [row.status]
@@ -512,7 +532,7 @@ def _csv_cells(board: Board, problem: Any, row: standings.Row, found: dict[str, 
     values += [score.best[split].mean(), score.hit[split], score.speed_up[split], score.wall[split], score.diverged]
     # The test set was looked at with what was chosen on validation loss.
     same = row.chosen.get(split) == row.chosen.get("validation")
-    values += [row.test[name].mean() if name in row.test and same else math.nan for name in ("loss", "accuracy")]
+    values += [row.test[name].mean() if name in row.test and same else math.nan for name in tested]
     chosen = row.chosen.get(split)
     texts = [f"{k}={v:.6g}" for k, v in chosen["hyper"].items()] + [chosen["schedule"]] if chosen else []
     numbers = ["" if v is None or not math.isfinite(v) else f"{v:.6g}" for v in values]

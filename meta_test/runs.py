@@ -122,7 +122,7 @@ def step(
     if contender.needs - {"value"}:
         extra["value_fn"] = lambda params: task.loss(params, loss_key, run.phi, batch)
         extra["grad_fn"] = lambda params: value_and_grad(params, loss_key, run.phi, batch)[1]
-        extra["key"] = jax.random.fold_in(key, 0)
+        extra["key"] = jax.random.fold_in(key, 2)  # 0 is the key that drew the batch
     tx = optax.with_extra_args_support(contender.make(shared, **hyper))
     updates, opt_state = tx.update(grads, run.opt_state, run.params, **extra)
     return Particle(run.phi, optax.apply_updates(run.params, updates), opt_state, grad_state)

@@ -150,7 +150,9 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
                 row = row._replace(label=f"{row.label} ({suffix})", optimizer=other[row.optimizer])
             rows.setdefault(problem, {})[row.label] = row
         if (folder / TIMING).is_file():
-            for problem, found in json.loads((folder / TIMING).read_text())["timing"].items():
+            times = json.loads((folder / TIMING).read_text())
+            about["timed"] = {key: times.get(key) for key in ("date", "machine")}
+            for problem, found in times["timing"].items():
                 # The first folder's reference stays the reference: a later session's times are scaled to it.
                 held = timing.setdefault(problem, {})
                 scale = held[REFERENCE]["ms"] / found[REFERENCE]["ms"] if {REFERENCE} <= {*held} & {*found} else 1.0
@@ -216,14 +218,17 @@ def rows_of(record: Mapping[str, Any], problems: Mapping[str, Problem], seeds: i
 def ends(record: Mapping[str, Any], split: str) -> list[str]:
     """Hyper-parameters of what was chosen that lie at an end of what was tried, so that better ones may lie beyond.
 
-    Learning rates as the record says. Of the others both ends but 0, which is natural (no weight decay).
+    Learning rates, or a method's first parameter, as the record says. Of the others both ends but 0, which is natural
+    (no weight decay).
     """
-    out = ["lr"] if record.get("edge", {}).get(split) else []
+    hyper = record["rows"][""]["chosen"][split]["hyper"]
+    first = next(iter(hyper), "")
+    out = [first] if record.get("edge", {}).get(split) else []
     if record["cell"][2] != "grid":
         return out
-    for name, value in record["rows"][""]["chosen"][split]["hyper"].items():
+    for name, value in hyper.items():
         tried = {point["hyper"][name] for point in record.get("points", ())}
-        if name != "lr" and len(tried) > 1 and (value == max(tried) or value == min(tried) != 0):
+        if name != first and len(tried) > 1 and (value == max(tried) or value == min(tried) != 0):
             out.append(name)
     return out
 

@@ -49,20 +49,21 @@ class Found(NamedTuple):
     finals: dict[str, np.ndarray]  # split -> [P, tuning seeds]; NaN where a point was not run
 
 
-def learning_rates(entrant: Entrant) -> np.ndarray:
-    """The grid's [LRS], even in the logarithm; empty for a method without one."""
-    lr = entrant.space.get("lr")
-    return np.geomspace(lr.low, lr.high, LRS) if lr else np.zeros(0)
+def first_axis(entrant: Entrant) -> tuple[str, np.ndarray]:
+    """The learning rate, or the first parameter of a method without one, and the grid's [LRS] of it.
+
+    It comes first in the hyper-parameters of every point of a grid.
+    """
+    name = "lr" if "lr" in entrant.space else next(iter(entrant.space))
+    one = entrant.space[name]
+    return name, (np.geomspace if one.log else np.linspace)(one.low, one.high, LRS)
 
 
 def grid(entrant: Entrant) -> list[Point]:
     """Learning rates × schedules × choices; a method without a learning rate is searched in its first parameter."""
-    axes = {name: list(one.choices) for name, one in entrant.space.items() if one.choices and name != "lr"}
-    if "lr" in entrant.space:
-        axes = {"lr": learning_rates(entrant).tolist()} | axes
-    else:
-        name, one = next(iter(entrant.space.items()))
-        axes = {name: (np.geomspace if one.log else np.linspace)(one.low, one.high, LRS).tolist()} | axes
+    first, rates = first_axis(entrant)
+    axes = {name: list(one.choices) for name, one in entrant.space.items() if one.choices and name != first}
+    axes = {first: rates.tolist()} | axes
     values = itertools.product(*axes.values())
     hypers: list[dict[str, float]] = [dict(zip(axes, one, strict=True)) for one in values]
     return [Point(hyper, schedule) for schedule in entrant.schedules for hyper in hypers]
@@ -181,35 +182,38 @@ def _order(finals: np.ndarray) -> np.ndarray:
 def beyond(points: Sequence[Point], best: Sequence[int], entrant: Entrant) -> list[Point]:
     """EXTENSION more learning rates next to each best point that is at the edge of those tried with its other settings.
 
-    By the grid's ratio; outwards, so that a best point in the middle adds nothing.
+    By the grid's ratio; outwards, so that a best point in the middle adds nothing. A method without a learning rate:
+    more values of its first parameter, if that is searched in its logarithm; others may have bounds.
     """
-    lrs = learning_rates(entrant)
+    name, rates = first_axis(entrant)
+    if not entrant.space[name].log:
+        return []
     more: list[Point] = []
     for at in best:
         if side := edge(points, at):
-            steps = (lrs[1] / lrs[0]) ** (side * np.arange(1, EXTENSION + 1))
+            steps = (rates[1] / rates[0]) ** (side * np.arange(1, EXTENSION + 1))
             more += [
-                Point({**points[at].hyper, "lr": float(points[at].hyper["lr"] * x)}, points[at].schedule) for x in steps
+                Point({**points[at].hyper, name: float(points[at].hyper[name] * x)}, points[at].schedule) for x in steps
             ]
     return [point for i, point in enumerate(more) if point not in more[:i]]
 
 
 def edge(points: Sequence[Point], at: int) -> int:
-    """-1 or 1 if a point's learning rate is the least or greatest with its other settings, else 0.
+    """-1 or 1 if a point's learning rate, its first value, is the least or greatest with its other settings, else 0.
 
     >>> points = [Point({"lr": lr}, s) for s in ("constant", "cosine") for lr in (0.1, 0.2, 0.3)]
     >>> [edge(points, at) for at in range(6)]
     [-1, 0, 1, -1, 0, 1]
     """
 
-    def rest(point: Point) -> Any:
-        return point.schedule, {name: value for name, value in point.hyper.items() if name != "lr"}
+    first = next(iter(points[at].hyper))
 
-    if "lr" not in points[at].hyper:
-        return 0
-    lrs = [point.hyper["lr"] for point in points if rest(point) == rest(points[at])]
-    lr = points[at].hyper["lr"]
-    return int(lr >= max(lrs)) - int(lr <= min(lrs))
+    def rest(point: Point) -> Any:
+        return point.schedule, {name: value for name, value in point.hyper.items() if name != first}
+
+    rates = [point.hyper[first] for point in points if rest(point) == rest(points[at])]
+    rate = points[at].hyper[first]
+    return int(rate >= max(rates)) - int(rate <= min(rates))
 
 
 def choose(found: Found, split: str) -> int:

@@ -300,8 +300,9 @@ def by_sophia(p, lr, b1, b2, gamma, weight_decay):
         yield p
 
 
-def by_ademamix(p, lr, b1, b2, b3, alpha, weight_decay, num_steps):
-    """With the paper's schedulers: eq. for f(β3), and α t/T."""
+def by_ademamix(p, lr, b1, b2, memory, alpha, weight_decay, num_steps):
+    """With the paper's schedulers: eq. for f(β3), and α t/T; β3 by the length of the slow average, memory · T."""
+    b3 = 1 - 1 / (memory * num_steps)
     m = v = slow = 0.0
     for t, g in enumerate(G):
         f = min(t / num_steps, 1)
@@ -316,7 +317,7 @@ HAND = {
     "ademamix": (
         of("ademamix"),
         by_ademamix,
-        ADAM | dict(b3=0.999, alpha=5.0, weight_decay=0.1, num_steps=16),
+        ADAM | dict(memory=2.0, alpha=5.0, weight_decay=0.1, num_steps=16),
         {},
     ),
     "adam_atan2": (adam_atan2, by_adam_atan2, ADAM | dict(a=1.27, b=0.8, weight_decay=0.1), {}),

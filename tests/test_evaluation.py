@@ -127,6 +127,7 @@ def test_functions_of_the_same_batch_are_given_to_who_needs_them():
         # Linear: the gradient is the batch everywhere, and the loss the batch times what it is taken at.
         assert set(extra) == {"grad_fn", "value_fn", "key"}
         wrong = jnp.abs(extra["grad_fn"](params + 1) - grads) + jnp.abs(extra["value_fn"](params) - value)
+        wrong += 3 + jax.random.normal(extra["key"], ()) == grads  # draws of its own, not those of the batch
         return -(extra["value_fn"](jnp.ones(())) + 100 * wrong), state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
@@ -198,7 +199,7 @@ def tuned(loss, search: str = "grid", train=None) -> tuple[FakeBench, dict]:
 
 def test_tuning_finds_the_best_and_runs_it_on_other_seeds():
     bench, record = tuned(bowl(0.0123))
-    lrs = tuning.learning_rates(bench.entrant)
+    lrs = tuning.first_axis(bench.entrant)[1]
     nearest = lrs[np.abs(np.log(lrs / 0.0123)).argmin()]
     chosen = record["rows"][""]["chosen"]["validation"]
     np.testing.assert_allclose(chosen["hyper"]["lr"], nearest)
@@ -212,7 +213,7 @@ def test_tuning_finds_the_best_and_runs_it_on_other_seeds():
 
 
 def near(rate: float) -> float:
-    lrs = tuning.learning_rates(entrant())
+    lrs = tuning.first_axis(entrant())[1]
     return lrs[np.abs(np.log(lrs / rate)).argmin()]
 
 
@@ -327,8 +328,16 @@ def test_an_edge_that_is_never_left_is_flagged():
     assert record["edge"] == {"train": True, "validation": True}
     assert len(record["points"]) == 24 + 2 * tuning.EXTENSIONS * tuning.EXTENSION
     assert tuning.beyond(tuning.grid(bench.entrant), [5], bench.entrant) == []
-    alone = FakeBench(entrant(alpha=Space(1, 12, False, 5)), None)
-    assert tuning.beyond(tuning.grid(alone.entrant), [0], alone.entrant) == []  # no learning rate, no edge
+
+
+def test_a_method_without_a_learning_rate_is_extended_in_its_first_parameter():
+    cell = Cell(TINY, "cocob", "grid", 1)
+    alone = entrant()._replace(space={"alpha": Space(10.0, 1000.0, True, 100.0), "b": Space(0.1, 1.0, False, 0.5)})
+    record = tuning.tune(FakeBench(alone, lambda p, seed: abs(math.log(p.hyper["alpha"] / 5000))), cell, 5)
+    assert record["rows"][""]["chosen"]["validation"]["hyper"]["alpha"] == pytest.approx(5000, rel=0.25)
+    assert not record["edge"]["validation"]
+    record = tuning.tune(FakeBench(alone, lambda p, seed: 1 / p.hyper["alpha"]), cell, 5)
+    assert standings.ends({"cell": ["tiny", "cocob", "grid", 1], **record}, "validation") == ["alpha"]
 
 
 def test_divergence_is_never_chosen_and_all_diverged_is_a_result():
@@ -684,7 +693,7 @@ def curve_record(optimizer: str, curves, search="grid", part=1, problem="tiny", 
     one = {
         "chosen": {split: {"hyper": {"lr": 0.1}, "schedule": "cosine"} for split in CURVES},
         "losses": losses,
-        "test": {"loss": [1.0, 2.0], "accuracy": [0.5, 0.7]},
+        "test": {"loss": [1.0, 2.0], "accuracy": [0.5, 0.7], "psnr": [20.0, 22.0]},
     }
     return {
         "inputs": given,
@@ -1104,7 +1113,7 @@ def test_the_report_is_one_file_that_needs_no_network(board):
     rows = list(csv.DictReader(io.StringIO(files["results.csv"])))
     mine = next(row for row in rows if (row["optimizer"], row["split"]) == ("mine", "validation"))
     np.testing.assert_allclose(float(mine["speed_up"]), 120 / 70, rtol=1e-5)
-    assert (mine["hit_step"], mine["final_mean"], mine["test_loss"]) == ("70", "0.5", "1.5")
+    assert (mine["hit_step"], mine["final_mean"], mine["test_loss"], mine["test_psnr"]) == ("70", "0.5", "1.5", "21")
     assert next(row for row in rows if row["optimizer"] == "bad")["status"] == "crashed"
     summary = {row["label"]: row for row in csv.DictReader(io.StringIO(files["summary.csv"]))}
     np.testing.assert_allclose(float(summary["mine"]["iqm_validation"]), 120 / 70, rtol=1e-5)
@@ -1163,7 +1172,9 @@ def test_run_report_and_resume(tmp_path, monkeypatch, capsys):
         ValueError, match="a folder of lopt-eval's results; valid: a folder of weights or of lopt-train"
     ):
         entrants.resolve(str(out))
-    made_with = dict(page.environment(standings.load([out])))["records made with"]
+    said = dict(page.environment(standings.load([out])))
+    assert about["date"] in said["steps timed"]  # that of the first command, by its report and by this one
+    made_with = said["records made with"]
     assert made_with == f"JAX {jax.__version__}, optax {optax.__version__}"
     assert cli.main(["run", "--suite", "smoke", "--optimizers", "adamw", *command[5:], "--no-timing"]) == 0
     assert "holds 1 cells of an earlier command that this one does not ask for" in capsys.readouterr().err

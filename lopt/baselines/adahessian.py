@@ -119,6 +119,7 @@ BASELINES = (
         {"lr": rate(0.15, 1e-3, 1.0), "power": Space(0.5, 1.0, False, 1.0), "weight_decay": decay()} | ADAM,
         needs=frozenset({"hessian_diag"}),
         source="Yao et al. (2020), arXiv:2006.00719",
+        version=2,  # lopt-eval's key of the signs is no longer the one that draws the batch
         notes="one estimate a step, about twice a gradient's cost; matrices are not averaged over blocks",
     ),
 )
