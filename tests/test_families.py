@@ -20,15 +20,20 @@ import optax
 import pytest
 
 import tasks
-from meta_test.cost import run_flops
 from tasks import SPLITS, checks, data
 from tasks.__main__ import ONE_LOSS
 from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
 STEPS, SEEDS = 200, 16
-FAST: Any = {"xla_backend_optimization_level": 0}  # compiling is most of the time
+# Compiling is most of the time: without these a transformer's mapped step takes four times as long to compile.
+FAST: Any = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 KEYS = jax.random.split(jax.random.key(0), 5)
+BEGUN = jax.random.split(KEYS[0], SEEDS)
 
 
 class Case(NamedTuple):
@@ -58,7 +63,7 @@ CASES = {
     "matrix_completion": Case({"gradient_noise": 0.01}, lr=0.03, ratio=0.6),
     "matrix_factorisation": Case({"rows": 32, "columns": 16, "true_rank": 2}, lr=0.03, ratio=0.4),
     "mlp_mixer": Case({"depth": 1, "width": 16, "token_hidden": 8, "channel_hidden": 16, "batch_size": 32}),
-    "pinn": Case({"hidden": (16, 16), "batch_size": 32}, lr=0.01),
+    "pinn": Case({"hidden": (16,), "batch_size": 32}, lr=0.01),
     "policy_gradient": Case({"episodes": 8, "length": 80}, lr=0.03, ratio=0.8),
     "quadratic": Case({}, lr=0.03, ratio=0.1),
     "resnet": Case({"channels": (8,), "batch_size": 16}, lr=0.01, ratio=0.7),
@@ -105,23 +110,36 @@ def begun(family):
     """`begin` of SEEDS keys, mapped, in NumPy's arrays: whatever is done with JAX's is compiled for each shape."""
     task = make(family)
     mapped = jax.jit(jax.vmap(functools.partial(begin, task), (0, None)), compiler_options=FAST)
-    found = mapped(jax.random.split(KEYS[0], SEEDS), task.data)
+    found = mapped(BEGUN, task.data)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(found[:2]))  # an update would make them strong
     return jax.device_get(found)
 
 
 @functools.cache
 def advancing(family):
-    """A step of Adam, jitted, which two tests share, and a list that grows when it is traced."""
-    task, adam, traces = make(family), optax.adam(CASES[family].lr), []
+    """A step of Adam, jitted, which two tests share, its state before the first, and a list that grows when traced.
+
+    Its key is given as numbers, rows of a NumPy array: JAX compiles what takes its own arrays apart.
+    """
+    task, traces = make(family), []
+    adam = optax.flatten(optax.adam(CASES[family].lr))  # in as many operations as for one leaf
 
     def advance(params, state, key, phi, held):
         traces.append(1)
-        found = step(task, params, key, phi, held)
+        found = step(task, params, jax.random.wrap_key_data(key), phi, held)
         updates, state = adam.update(found[2], state)
         return found, optax.apply_updates(params, updates), state
 
-    return jax.jit(advance, compiler_options=FAST), adam, traces
+    shapes = jax.eval_shape(adam.init, pick(begun(family)[1], 0))
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.jit(advance, compiler_options=FAST), state, traces
+
+
+@functools.cache
+def numbers(name):
+    """Keys as numbers: those that `begin` makes its steps with, or those of the training."""
+    keys = jax.vmap(lambda key: jax.random.split(key, 3)[2])(BEGUN) if name == "begun" else None
+    return np.asarray(jax.random.key_data(jax.random.split(KEYS[4], STEPS) if keys is None else keys))
 
 
 def pick(tree, index):
@@ -163,14 +181,12 @@ def test_loss_at_init_is_near_its_closed_form(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_and_mapped_are_the_same_and_compile_once(family):
     """vmap over phi, params and keys; one key gives one batch; other values of the same shapes do not recompile."""
-    task, (advance, adam, traces) = make(family), advancing(family)
+    task, (advance, state, traces) = make(family), advancing(family)
     phi, params, *mapped = begun(family)
-    keys = jax.vmap(lambda key: jax.random.split(key, 3)[2])(jax.random.split(KEYS[0], SEEDS))
+    keys = numbers("begun")
 
     def alone(params, *arguments):
         return jax.device_get(advance(params, state, *arguments)[0])
-
-    state = jax.device_get(adam.init(pick(params, 0)))
 
     for i in (0, 1):
         found = alone(pick(params, i), keys[i], pick(phi, i), task.data)
@@ -180,7 +196,7 @@ def test_alone_and_mapped_are_the_same_and_compile_once(family):
     other = alone(pick(params, 1), keys[2], pick(phi, 1), task.data)
     assert not equal(found, other)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, pick(params, 1), found[2])
-    alone(moved, keys[3], pick(phi, 2), jax.tree.map(jnp.copy, task.data))
+    alone(moved, keys[3], pick(phi, 2), jax.device_get(task.data))
     assert len(traces) == 1
 
 
@@ -194,11 +210,11 @@ def validation(task, params, phi, held):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adam_lowers_the_validation_loss(family):
-    task, (advance, adam, _) = make(family), advancing(family)
+    task, (advance, state, _) = make(family), advancing(family)
     phi, params, *_ = pick(begun(family), 0)
     judge = jax.jit(functools.partial(validation, task), compiler_options=FAST)
-    first, state = judge(params, phi, task.data), adam.init(params)
-    for key in jax.random.split(KEYS[4], STEPS):
+    first = judge(params, phi, task.data)
+    for key in numbers("training"):
         _, params, state = advance(params, state, key, phi, task.data)
     assert judge(params, phi, task.data) < CASES[family].ratio * first
 
@@ -243,22 +259,33 @@ def test_flops_are_counted_by_hand():
     assert 7 * products < benchmark.flops(jaxpr) < 1.2 * 7 * products
 
 
-def constants(task) -> int:
-    """Numbers baked into the traced functions of a task."""
+def traced(task):
+    """The jaxpr of all that a task computes: what `begin` does, and an evaluation set."""
 
     def everything(key, held):
         phi, *rest = begin(task, key, held)
         return rest, task.eval_batches(phi, held, "test") if task.eval_batches else ()
 
-    return sum(np.size(const) for const in checks._constants(jax.make_jaxpr(jax.jit(everything))(KEYS[2], task.data)))
+    return jax.make_jaxpr(jax.jit(everything))(KEYS[2], task.data)
+
+
+def constants(jaxpr) -> int:
+    """Numbers baked into what was traced."""
+    return sum(np.size(const) for const in checks._constants(jaxpr))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_data_is_never_closed_over(family):
+def test_data_is_never_closed_over_and_a_familys_tests_are_cheap(family):
     task = make(family)
-    assert constants(task) < 500
-    leaky = task._replace(batch=lambda key, phi, _, split: task.batch(key, phi, task.data, split))
-    assert not jax.tree.leaves(task.data) or constants(leaky) > 3000
+    found = traced(task)
+    assert constants(found) < 500
+    steps, count = cost(found)
+    assert steps <= MOST_FLOPS
+    assert count <= MOST_EQUATIONS
+    leaky = lambda key, phi, held: task.batch(key, phi, task.data, "train")  # noqa: E731
+    phi = pick(begun(family)[0], 0)
+    closed = jax.make_jaxpr(jax.jit(leaky))(KEYS[2], phi, task.data)
+    assert not jax.tree.leaves(task.data) or constants(closed) > 3000
 
 
 # Which examples the splits hold
@@ -267,9 +294,9 @@ def test_data_is_never_closed_over(family):
 def numbered(task):
     """The task's data with each example replaced by its number."""
     if isinstance(task.data, Examples):
-        rows, x = jnp.arange(len(task.data.y)), task.data.x
-        return Examples(jnp.broadcast_to(rows.reshape(-1, *[1] * (x.ndim - 1)), x.shape), rows)
-    return jnp.arange(len(task.data)) if getattr(task.data, "ndim", 0) == 1 else task.data
+        rows, x = np.arange(len(task.data.y), dtype=np.int32), task.data.x
+        return Examples(np.broadcast_to(rows.reshape(-1, *[1] * (x.ndim - 1)), x.shape), rows)
+    return np.arange(len(task.data), dtype=np.int32) if getattr(task.data, "ndim", 0) == 1 else task.data
 
 
 # family -> which examples a batch holds; `None`: fresh draws, of which none comes twice
@@ -286,24 +313,24 @@ EXAMPLES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_example_is_in_two_splits(family):
     task, which = make(family), EXAMPLES.get(family, lambda batch: batch.y)
+    phi = pick(begun(family)[0], 0)
     if which is None:
         assert task.data == ()
         assert task.eval_batches is None
-        phi = pick(begun(family)[0], 0)
-        drawn = [task.batch(KEYS[1], phi, (), split) for split in SPLITS]  # of one key
+        each = jax.jit(lambda key, phi: [task.batch(key, phi, (), split) for split in SPLITS], compiler_options=FAST)
+        drawn = jax.device_get(each(KEYS[1], phi))  # of one key
         for one, other in itertools.combinations(drawn, 2):
             if family in NOISY:  # whose batches hold noise, of which only training has any
-                assert not jnp.any(other)
+                assert not np.any(other)
             else:
-                assert jnp.mean(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0]) < 0.5  # a pole's 1 is equal
+                assert np.mean(jax.tree.leaves(one)[0] == jax.tree.leaves(other)[0]) < 0.5  # a pole's 1 is equal
         return
-    phi = jax.tree.map(jnp.asarray, pick(begun(family)[0], 0))
 
-    def examples(held):
+    def examples(phi, held):
         drawn = lambda split: jax.vmap(lambda key: which(task.batch(key, phi, held, split)))(KEYS)  # noqa: E731
         return [(which(task.eval_batches(phi, held, split)), drawn(split)) for split in SPLITS]
 
-    found = jax.jit(examples, compiler_options=FAST)(numbered(task))
+    found = jax.device_get(jax.jit(examples, compiler_options=FAST)(phi, numbered(task)))
     used = [{number for batch in one for number in np.ravel(batch).tolist()} for one in found]
     assert min(map(len, used)) > 5
     for one, other in itertools.combinations(used, 2):
@@ -332,6 +359,8 @@ def products(jaxpr) -> list[Any]:
 
 
 STACK = (
+    "noise_labels",
+    "reduce_batch",
     "reparametrise",
     "scale_loss",
     "noise_gradient",
@@ -341,33 +370,50 @@ STACK = (
 )
 
 
-@pytest.mark.parametrize("alone", [False, "lower_precision", "noise_labels", "reduce_batch"])
-@pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
-def test_every_wrapper_takes_every_family_or_refuses_it(family, alone):
-    """Traced, not run; what no family refuses is tried in one stack."""
-    wrappers, last = (alone,) if alone else STACK, alone or STACK[-1]
+def tried(family):
+    """The task, and the family whose refusals are its own."""
     if family == "pendulum":
-        task, family = tasks.make("policy_gradient", environment=family, episodes=8, length=9), "policy_gradient"
-    else:
-        task = make(family)
-    if family in REFUSED.get(last, ()):
-        with pytest.raises(ValueError, match=rf"tasks\.augment\.{last}: task, got \w+\("):
-            wrap(task, [(last, {})])
-        return
-    wrapped = wrap(task, [(name, {}) for name in wrappers])
-    phi, params, batch, loss, grads = jax.eval_shape(functools.partial(begin, wrapped), KEYS[0], wrapped.data)
-    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+        return tasks.make("policy_gradient", environment=family, episodes=8, length=9), "policy_gradient"
+    return make(family), family
+
+
+def gradients(task):
+    """Traced, not run: params, and the jaxpr, loss and gradient of a step."""
+
+    def before(key, held):
+        phi = task.sample(key)
+        return task.init(key, phi), key, phi, task.batch(key, phi, held, "train")
+
+    arguments = jax.eval_shape(before, KEYS[0], task.data)
+    gradient = jax.make_jaxpr(task.value_and_grad or jax.value_and_grad(task.loss), return_shape=True)
+    jaxpr, (loss, grads) = gradient(*arguments)
     typed = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-    assert typed(grads) == typed(params)
-    if wrapped.grad_transform:
-        state = jax.eval_shape(wrapped.grad_transform.init, params)
-        updates, state = jax.eval_shape(wrapped.grad_transform.update, grads, state)
-        assert typed(updates) == typed(params)
-    if last == "lower_precision":
-        gradient = wrapped.value_and_grad or jax.value_and_grad(wrapped.loss)
-        types = products(jax.make_jaxpr(gradient)(params, KEYS[2], phi, batch).jaxpr)
-        assert all(one == {"float32" if family == "es" else "bfloat16"} for one in types)
-        assert len(types) > 1 or family == "matrix_factorisation"  # whose products are of vectors
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert typed(grads) == typed(arguments[0])
+    if task.grad_transform:
+        state = jax.eval_shape(task.grad_transform.init, arguments[0])
+        updates, state = jax.eval_shape(task.grad_transform.update, grads, state)
+        assert typed(updates) == typed(arguments[0])
+    return jaxpr
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
+def test_every_wrapper_takes_every_family_or_refuses_it(family):
+    """What a family does not refuse is tried in one stack."""
+    task, family = tried(family)
+    for name in REFUSED:
+        if family in REFUSED[name]:
+            with pytest.raises(ValueError, match=rf"tasks\.augment\.{name}: task, got \w+\("):
+                wrap(task, [(name, {})])
+    gradients(wrap(task, [(name, {}) for name in STACK if family not in REFUSED.get(name, ())]))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "pendulum"])
+def test_lower_precision_is_that_of_every_product(family):
+    task, family = tried(family)
+    types = products(gradients(wrap(task, [("lower_precision", {})])).jaxpr)
+    assert all(one == {"float32" if family == "es" else "bfloat16"} for one in types)
+    assert len(types) > 1 or family == "matrix_factorisation"  # whose products are of vectors
 
 
 # Init scales where phi holds other things too
@@ -382,18 +428,19 @@ def test_init_scales_multiply_each_matrix_and_are_in_phi(family):
         phi, still = task.sample(key), plain.sample(key)
         return phi, still, task.init(KEYS[1], phi), plain.init(KEYS[1], still)
 
-    phi, still, params, was = jax.jit(scaled, compiler_options=FAST)(KEYS[0])
+    phi, still, params, was = jax.device_get(jax.jit(scaled, compiler_options=FAST)(KEYS[0]))
     assert equal(phi._replace(scale=still.scale), still)  # nothing else is drawn anew
-    assert jnp.array_equal(still.scale, jnp.ones(len(was)))
+    assert np.array_equal(still.scale, np.ones(len(was)))
     assert ((phi.scale > 0.1) & (phi.scale < 10)).all()
     assert len(set(phi.scale.tolist())) == len(was)
     for index, scale in enumerate(phi.scale):
         np.testing.assert_allclose(params[f"layer{index}"]["w"], scale * was[f"layer{index}"]["w"], rtol=1e-5)
-        assert jnp.array_equal(params[f"layer{index}"]["b"], was[f"layer{index}"]["b"])
+        assert np.array_equal(params[f"layer{index}"]["b"], was[f"layer{index}"]["b"])
     with pytest.raises(ValueError, match=f"{family}: log10_init_scale, got -1.0; valid: a finite number"):
         tasks.make(family, log10_init_scale=-1.0)
 
 
+SMALLER = {"pinn": {"hidden": (4,)}, "vae": {"hidden": (4,), "latents": 2}}  # what the range multiplies stays
 RANGES = {
     ("es", "std"): (0.01, 0.1),
     ("matrix_factorisation", "init_scale"): (0.1, 1.0),
@@ -410,7 +457,8 @@ def test_numbers_that_change_no_shape_may_be_drawn(family, setting):
     low, high = RANGES[family, setting]
     if family == "vae":
         pytest.importorskip("haiku")
-    settings = {"task": "quadratic", "pairs": 2} if family == "es" else CASES[family].settings
+    settings = CASES[family].settings | SMALLER.get(family, {})
+    settings = {"task": "quadratic", "pairs": 2} if family == "es" else settings
     built = lambda value: tasks.make(family, **{**settings, setting: value})  # noqa: E731
     plain, single, ranged = built(high), built((high, high)), built((low, high))
     assert f"{low:g} to {high:g}" in ranged.name or setting == "init_scale"
@@ -425,17 +473,17 @@ def test_numbers_that_change_no_shape_may_be_drawn(family, setting):
         drawn = jax.vmap(ranged.sample)(jax.random.split(key, 100))
         return first(plain, key), first(single, key), first(ranged, key), drawn, plain.sample(key)
 
-    fixed, same, other, phis, phi = jax.jit(everything, compiler_options=FAST)(KEYS[0])
+    fixed, same, other, phis, phi = jax.device_get(jax.jit(everything, compiler_options=FAST)(KEYS[0]))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), fixed, same)
     assert not equal(fixed, other)
     name = {"es": "drawn", "vae": "drawn", "pinn": "weight"}.get(family, setting)
     drawn = getattr(phis, name)
     if drawn.ndim > 1:  # not the number itself, but what it multiplies
-        drawn = jnp.std(drawn, axis=(1, 2)).clip(low, high)
+        drawn = np.std(drawn, axis=(1, 2)).clip(low, high)
     else:
         assert not jax.tree.leaves(getattr(phi, name, ()))
     assert ((low <= drawn) & (drawn <= high * 1.0001)).all()
-    assert jnp.std(jnp.log(drawn)) == pytest.approx(np.log(high / low) / 12**0.5, rel=0.2)
+    assert np.std(np.log(drawn)) == pytest.approx(np.log(high / low) / 12**0.5, rel=0.2)
     for wrong in ((high, low), (low, high, high), (-1.0, high), "ab"):
         with pytest.raises(
             ValueError, match=rf"{family}: {setting}, got .*; valid: .* to .*, or a range \(low, high\)"
@@ -485,8 +533,15 @@ def test_draws_of_a_family_differ_and_are_valid(family):
     made = [tasks.sample_family(family, seed) for seed in range(4)]
     assert len({task.name for task in made}) == 4
     for task in made[:2] if family not in QUICK else ():
-        shapes = jax.eval_shape(functools.partial(begin, task), KEYS[0], task.data)
-        assert shapes[3].shape == ()
+        found = jax.eval_shape(functools.partial(forward, task), KEYS[0], task.data)
+        assert jax.tree.leaves(found)[0].shape == ()
+
+
+def forward(task, key, held):
+    """The loss, and the gradient if it is the task's own."""
+    phi = task.sample(key)
+    batch = task.batch(key, phi, held, "train")
+    return (task.value_and_grad or task.loss)(task.init(key, phi), key, phi, batch)
 
 
 QUICK = ("logistic_regression", "quadratic", "synthetic", "tabular_mlp")  # a second each to compile
@@ -543,26 +598,18 @@ def equations(jaxpr) -> int:
     return total
 
 
-def cost(task) -> tuple[int, int]:
+def cost(jaxpr) -> tuple[int, int]:
     """FLOPs of the training and of the mapped steps above, and the equations of one step."""
-    traced = jax.make_jaxpr(functools.partial(begin, task))(KEYS[0], task.data)
-    return (STEPS + SEEDS) * run_flops(task, 1), equations(traced.jaxpr)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_familys_tests_are_cheap(family):
-    flops, number = cost(make(family))
-    assert flops <= MOST_FLOPS
-    assert number <= MOST_EQUATIONS
+    return (STEPS + SEEDS) * benchmark.flops(jaxpr), equations(jaxpr)
 
 
 def test_a_dear_family_would_be_seen():
-    assert cost(tasks.make("vit"))[0] > MOST_FLOPS  # at its defaults
-    assert cost(tasks.make("transformer_lm", depth=4))[1] > MOST_EQUATIONS
+    assert cost(traced(tasks.make("vit")))[0] > MOST_FLOPS  # at its defaults
+    assert cost(traced(tasks.make("transformer_lm", depth=4)))[1] > MOST_EQUATIONS
 
 
 def test_every_wrapper_is_tried():
-    assert sorted([*STACK, "lower_precision", "noise_labels", "reduce_batch"]) == sorted(AUGMENTATIONS)
+    assert sorted([*STACK, "lower_precision"]) == sorted(AUGMENTATIONS)
 
 
 def test_the_last_words_name_the_slowest_families(tmp_path):
