@@ -26,7 +26,7 @@ from tasks.augment import AUGMENTATIONS, wrap
 from tasks.supervised import Examples
 
 STEPS, SEEDS = 200, 16
-# Compiling is most of the time: without these a transformer's mapped step takes four times as long to compile.
+# Compiling is most of the time: with the last two a transformer's mapped step takes a quarter of 1.8 s of CPU.
 FAST: Any = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -378,7 +378,7 @@ def tried(family):
 
 
 def gradients(task):
-    """Traced, not run: params, and the jaxpr, loss and gradient of a step."""
+    """The jaxpr of a step's gradient, which is traced and not run, after a look at the types of what it gives."""
 
     def before(key, held):
         phi = task.sample(key)
@@ -553,11 +553,11 @@ def run_a_draw(family, seed):
         pytest.importorskip("haiku")
     task = tasks.sample_family(family, seed)
     mapped = jax.jit(jax.vmap(functools.partial(begin, task), (0, None)), compiler_options=FAST)
-    *_, loss, grads = mapped(KEYS[:2], task.data)
+    *_, loss, grads = jax.device_get(mapped(BEGUN[:2], task.data))
     assert loss.shape == (2,)
-    assert jnp.isfinite(loss).all(), task.name
+    assert np.isfinite(loss).all(), task.name
     for path, leaf in jax.tree.leaves_with_path(grads):
-        assert jnp.isfinite(leaf).all(), (task.name, path)
+        assert np.isfinite(leaf).all(), (task.name, path)
         assert leaf.any(), (task.name, path)
     return task
 

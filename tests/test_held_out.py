@@ -329,6 +329,22 @@ def test_copies_of_images_are_recognised(copy):
     assert found == (("rgb_patches",) if copy.startswith(photos) else ("fashion10k",))
 
 
+def plain_images(rng):
+    """What many images look like: edges, lights, boxes, rounds, and clothes as a child would cut them out."""
+    y, x = np.mgrid[-1:1:28j, -1:1:28j][:, None]
+    a, b, c = rng.uniform(size=(3, 500, 1, 1))
+    yield np.tanh((x * np.cos(6.3 * a) + y * np.sin(6.3 * a) + 1.4 * b - 0.7) * (2 + 14 * c))
+    yield np.exp(-(((x - 2 * a + 1) / (0.4 + c)) ** 2) - ((y - 2 * b + 1) / (1.4 - c)) ** 2)
+    yield 1.0 * ((np.abs(x) < 0.1 + 0.8 * a) & (np.abs(y) < 0.1 + 0.8 * b))
+    yield 1.0 * ((x / (0.1 + 0.8 * a)) ** 2 + (y / (0.1 + 0.8 * b)) ** 2 < 1)
+    body, sleeves = np.abs(x) < 0.3 + 0.3 * a, (np.abs(x) < 0.9) & (y < -0.2 - 0.3 * b)
+    yield ((body | sleeves) & (np.abs(y) < 0.85)) * (0.8 + 0.2 * rng.uniform(size=(500, 28, 1)))
+    legs = (np.abs(np.abs(x) - 0.3) < 0.1 + 0.15 * a) & (np.abs(y) < 0.9)
+    yield legs * (0.8 + 0.2 * rng.uniform(size=(500, 28, 1)))
+    yield 0.3 + 1e-6 * rng.normal(size=(500, 28, 28))  # all but even
+    yield 77 + rng.integers(0, 2, (500, 28, 28)).astype(np.uint8)
+
+
 def test_other_images_are_no_copies():
     rng, pixels = np.random.default_rng(0), np.arange(32.0)
     waves = np.hypot(*np.meshgrid(*[np.fft.fftfreq(32)] * 2)) + 1 / 32
@@ -341,6 +357,7 @@ def test_other_images_are_no_copies():
         rng.random((2000, 65)),
         *(np.fft.ifft2(np.fft.fft2(rng.normal(size=(1000, 32, 32))) / waves**power).real for power in (1, 2)),
         skies + 0.01 * rng.normal(size=skies.shape),
+        *plain_images(rng),
         data.text("kjv").tokens[:64_000].reshape(-1, 64),
         rng.normal(size=(64, 64)),
         np.zeros((100, 28, 28)),
