@@ -17,8 +17,8 @@ from tasks import data
 
 SIDE = 8  # squares a side
 # Correlations of copies, and the share of the images that must have them: some clothes look like plain rectangles and
-# some patches of photographs like a soft edge, to 0.99, but hardly closer.
-ALIKE = ((0.997, 0.03), (0.99, 0.5))
+# some patches of photographs like a soft edge, to 0.99, but not to 0.999.
+ALIKE = ((0.999, 0.03), (0.99, 0.5))
 MOST, MOST_SIDE = 500, 256  # images that are looked at, spread over what there is; pixels a side of what may be one
 FLAT, LEAST_VALUES = 0.96, 8  # of an image's variance if it is a plane; fewer different squares could be anybody's
 LABELS = (0, 1, 10)  # columns beside the pixels, before or after them
