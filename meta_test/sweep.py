@@ -5,7 +5,8 @@ promises is that this still is good at the last (Yang et al., 2022, arXiv:2203.0
 fail far from where they were trained (Metz et al., 2022, arXiv:2211.09760). Learned rules run untuned everywhere.
 
 With `--mup` every optimizer is run a second time under that parametrisation: the task scales its init and outputs from
-the first width (`mup_base`), and `lopt.mup.multipliers` multiply each tensor's update.
+the first width (`mup_base`), and `lopt.mup.multipliers` multiply each tensor's update, by the rule that is its own
+(`RULES`). An optimizer that neither rule is about is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +44,16 @@ VALUES: dict[str, tuple[int, ...]] = {
     "horizon": (250, 500, 1000, 2500, 5000),
     "batch": (16, 32, 64, 128, 256),
 }
+# Who follows which rule of `lopt.mup`: updates linear in the gradient, and updates whose elements are of the size of
+# the learning rate whatever the sizes of gradient and tensor (but for eps).
+RULES: dict[Literal["sgd", "adam"], tuple[str, ...]] = {
+    "sgd": ("sgd", "momentum", "nesterov"),
+    "adam": (
+        *("adabelief", "adam", "adam_atan2", "adamax", "adamp", "adamw", "ademamix", "adopt", "amsgrad"),
+        *("cautious_adamw", "cautious_lion", "laprop", "lion", "nadamw", "signum"),
+    ),
+}
+FINDS_ITS_STEP = ("cocob", "dadapt_adamw", "dog", "dowg", "lbfgs", "mechanic", "momo", "momo_adam", "prodigy", "swats")
 FILES = ("sweep.json", "sweep.md", "sweep.csv", "sweep.svg")
 
 
@@ -101,11 +112,34 @@ def in_mup(axis: str, todo: Sequence[Problem]) -> list[Problem]:
     return [one._replace(settings={**one.settings, "mup_base": base}) for one in todo]
 
 
+def rule_of(entrant: Entrant) -> Literal["mulo", "adam", "sgd"]:
+    """The rule of `lopt.mup.multipliers` that an optimizer follows.
+
+    Raises ValueError for one that averages its parameters or finds its step itself, where factors of the update would
+    not be factors of the learning rate, and for one that no rule is known to be about: steps in proportion to a
+    tensor's own size (LAMB, LARS, Adafactor, hand_celo2), whole matrices made orthogonal or whitened (Muon, SOAP,
+    Shampoo), what is neither linear in the gradient nor free of its scale (AdaGrad, RAdam), and code of one's own.
+    """
+    if entrant.artifact:
+        return "mulo"
+    for rule, names in RULES.items():
+        if entrant.name in names:
+            return rule
+    if entrant.contender.eval_params is not None:
+        why = "it is evaluated at averages of its own, which factors of the update do not reach"
+    elif entrant.name in FINDS_ITS_STEP:
+        why = "it finds the size of its step itself, and takes the factors into account"
+    else:
+        why = "lopt.mup has no rule for its updates"
+    valid = ", ".join(sorted(name for names in RULES.values() for name in names))
+    raise ValueError(f"lopt-eval sweep: --mup, got {entrant.name}: {why}; valid: learned optimizers, {valid}.")
+
+
 def _multiplied(entrant: Entrant, base: Task, target: Task) -> Entrant:
-    """Each tensor's update is multiplied as the parametrisation has it for Adam: hidden weights by base over fan-in."""
+    """Each tensor's update is multiplied as the parametrisation has it for this optimizer, see `rule_of`."""
     key = jax.random.key(0)
     shapes, wide = (jax.eval_shape(lambda task=task: task.init(key, task.sample(key))) for task in (base, target))
-    factors = mup.multipliers(shapes, wide, "adam")
+    factors = mup.multipliers(shapes, wide, rule_of(entrant))
     plain = entrant.contender.make
 
     def scale(updates: Any, params: Any) -> Any:
@@ -169,6 +203,8 @@ def sweep(args: argparse.Namespace) -> int:
     values = parse(args.axis, args.values)
     todo, who = problems(args.family, args.axis, values, args.steps), entrants(args.optimizers)
     found, parametrisations = [], [todo, in_mup(args.axis, todo)] if args.mup else [todo]
+    for entrant in who if args.mup else ():
+        rule_of(entrant)  # before anything is run
     for these in parametrisations:
         found += lines(these, who, args.seeds, lambda text: print(text, flush=True))
     record = {

@@ -21,7 +21,7 @@ import pytest
 
 import lopt
 import tasks
-from lopt import rules
+from lopt import baselines, rules
 from lopt.baselines.base import Baseline, Space
 from meta_test import (
     cells,
@@ -1225,24 +1225,94 @@ def test_a_crash_in_a_sweep_is_a_result(tmp_path, monkeypatch, capsys):
     assert "nothing was kept" in capsys.readouterr().err
 
 
-def test_a_sweep_over_widths_in_mup(monkeypatch):
-    monkeypatch.setattr(tuning, "RUNS", 1)
+def updates_of(one: Entrant, params, grads):
+    """Updates on gradients [steps, ...] at parameters that stay where they are."""
+    hyper = {name: 0.0 if name == "weight_decay" else space.default for name, space in one.space.items()}
+    tx = one.contender.make(one.contender.shared, num_steps=50, cosine=False, **hyper)
+    move = lambda state, g: tx.update(g, state, params)[::-1]  # noqa: E731
+    return jax.lax.scan(move, tx.init(params), grads)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        # (w, b) of the layers 64 -> 4 -> 4 -> 10 at four times the width: fan-out 4, both, fan-in 4.
+        ("sgd", {"layer0": (4, 4), "layer1": (1, 4), "layer2": (4, 1)}),
+        ("adam", {"layer0": (1, 1), "layer1": (0.25, 1), "layer2": (1, 1)}),
+    ],
+)
+def test_a_sweep_in_mup_multiplies_updates_by_the_optimizers_own_rule(name, factors):
     todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
     assert [one.settings["mup_base"] for one in todo] == [(4, 4), (4, 4)]
     made = [tasks.make(one.family, **one.settings) for one in todo]
-    entrant = entrants.resolve("tests.test_evaluation:plain_sgd")
+    one = entrants.resolve(name)
     params = made[1].init(jax.random.key(0), made[1].sample(jax.random.key(1)))
-    plain, scaled = (
-        one.contender.make((), num_steps=10, cosine=False) for one in (entrant, sweep._multiplied(entrant, *made))
-    )
-    (a, _), (b, _) = (tx.update(params, tx.init(params), params) for tx in (plain, scaled))
-    ratios = jax.tree.map(lambda x, y: float(jnp.sum(x * y) / jnp.maximum(jnp.sum(x * x), 1e-9)), a, b)
-    assert {name: round(layer["w"], 5) for name, layer in ratios.items()} == {"layer0": 1, "layer1": 0.25, "layer2": 1}
-    (line,) = sweep.lines(todo, [entrant], 1, lambda text: None)
-    assert line.name == "tests.test_evaluation:plain_sgd, muP"
-    assert np.isfinite(line.finals).all()
+    params = jax.tree.map(lambda x: x + 0.1, params)  # biases too
+    grads = jax.tree.map(lambda x: x[None], params)
+    a, b = (updates_of(e, params, grads) for e in (one, sweep._multiplied(one, *made)))
+    ratios = jax.tree.map(lambda x, y: float(jnp.sum(x * y) / jnp.sum(x * x)), a, b)
+    assert {layer: (r["w"], r["b"]) for layer, r in ratios.items()} == {
+        layer: pytest.approx(pair, rel=1e-5) for layer, pair in factors.items()
+    }
     with pytest.raises(ValueError, match="valid: --axis width of a family with mup_base"):
         sweep.in_mup("depth", todo)
+
+
+def test_the_rules_of_mup_are_of_who_is_said_to_follow_them():
+    """Linear in the gradient, or whatever its scale at most some learning rates an element; and not of the tensor."""
+    shape = {"w": (4, 8), "b": (8,)}
+    drawn = {name: jax.random.normal(jax.random.key(len(x)), (6, *x)) for name, x in shape.items()}
+    here = jax.tree.map(lambda x: x[0], drawn)
+    for rule, names in sweep.RULES.items():
+        for name in names:
+            one = entrants.resolve(name)
+            run = jax.jit(
+                lambda scale, at, one=one: updates_of(one, optax.tree.scale(at, here), optax.tree.scale(scale, drawn))
+            )
+            large, small, elsewhere = run(1e-1, 1.0), run(1e-3, 1.0), run(1e-1, 0.25)
+            factor, lr = (100 if rule == "sgd" else 1), one.space["lr"].default
+            for x, y, z in zip(*map(jax.tree.leaves, (large, small, elsewhere)), strict=True):
+                np.testing.assert_allclose(x, factor * y, rtol=1e-2, atol=2e-3 * lr, err_msg=name)
+                if name != "adamp":  # which takes out of a step what lies along the tensor
+                    np.testing.assert_array_equal(x, z, err_msg=name)
+                assert rule == "sgd" or 0.05 * lr < np.abs(x[-1]).mean() < 2 * lr, name
+
+
+def test_who_follows_no_rule_of_mup_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(sweep, "lines", lambda *args: pytest.fail("it ran"))
+    words = {
+        "schedule_free_adamw": "averages of its own",
+        "lookahead": "averages of its own",
+        "prodigy": "finds the size of its step",
+        "cocob": "finds the size of its step",
+        "momo_adam": "finds the size of its step",
+        "lamb": "no rule for its updates",
+        "muon": "no rule for its updates",
+        "adafactor": "no rule for its updates",
+        "tests.test_evaluation:plain_sgd": "no rule for its updates",
+    }
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command = ["sweep", "--axis", "width", "--mup", "--out", str(tmp_path / "s"), "--optimizers"]
+    for name, why in words.items():
+        assert cli.main([*command, f"adamw,{name}"]) == 2
+        said = capsys.readouterr().err
+        assert f"--mup, got {name}: " in said
+        assert why in said
+        assert "valid: learned optimizers, adabelief, adam, " in said
+    assert sweep.rule_of(entrants.resolve("lopt:quickstart")) == "mulo"
+    known = {name for names in (*sweep.RULES.values(), sweep.FINDS_ITS_STEP) for name in names}
+    assert known <= set(baselines.names())
+
+
+def test_a_sweep_over_widths_in_mup(monkeypatch):
+    monkeypatch.setattr(tuning, "RUNS", 1)
+    monkeypatch.setattr(tuning, "search", lambda bench, cell: tuning.Found([Point({"lr": 0.1}, "constant")], {}))
+    monkeypatch.setattr(tuning, "choose", lambda found, split: 0)
+    todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
+    (line,) = sweep.lines(todo, [entrants.resolve("sgd")], 1, lambda text: None)
+    assert (line.name, line.chosen, line.error) == ("sgd, muP", "lr 0.1, constant", "")
+    assert np.isfinite(line.finals).all()
 
 
 def test_axes_of_a_sweep():
