@@ -114,10 +114,10 @@ def linear_task() -> Task:
     )
 
 
-def moved(contender: Contender) -> np.ndarray:
-    """Losses [S, E] at steps 0, 1, 2 of seeds 0 and 1, which are three times p."""
+def moved(contender: Contender, exams=()) -> Curves:
+    """Steps 0, 1, 2 of seeds 0 and 1: losses are three times p, on every split."""
     program = runs.prepare(contender, linear_task(), 2)
-    return runs.run(program, {}, np.arange(2), np.arange(3), (), lambda n: None).losses["train"]
+    return runs.run(program, {}, np.arange(2), np.arange(3), exams, lambda n: None)
 
 
 def test_functions_of_the_same_batch_are_given_to_who_needs_them():
@@ -132,14 +132,17 @@ def test_functions_of_the_same_batch_are_given_to_who_needs_them():
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
     needy = Contender("needy", lambda shared: tx, needs=frozenset({"grad_fn"}))
-    np.testing.assert_allclose(moved(needy), moved(Contender("plain", lambda shared: tx)), rtol=1e-5)
+    plain = moved(Contender("plain", lambda shared: tx))
+    np.testing.assert_allclose(moved(needy).losses["train"], plain.losses["train"], rtol=1e-5)
 
 
 def test_averages_are_what_is_evaluated():
     tx = lambda shared: optax.sgd(0.1)  # noqa: E731
     plain = moved(Contender("plain", tx))
-    shifted = moved(Contender("shifted", tx, eval_params=lambda state, params: params + 1))
-    np.testing.assert_allclose(shifted, plain + 3, rtol=1e-5)
+    shifted = moved(Contender("shifted", tx, eval_params=lambda state, params: params + 1), (2,))
+    for split in CURVES:
+        np.testing.assert_allclose(shifted.losses[split], plain.losses[split] + 3, rtol=1e-5)
+    np.testing.assert_allclose(shifted.test["loss"][:, 0], shifted.losses["validation"][:, 2], rtol=1e-6)
 
 
 # Tuning.
@@ -892,6 +895,10 @@ def test_test_loss_has_wins_and_ranks_of_its_own(tmp_path):
     assert (found.win, found.test_win) == (1.0, 0.25)
     assert (found.rank, found.test_rank, adamw.test_rank) == (1.0, 1.75, 1.25)
     assert math.isnan(found.wall)  # nothing was timed
+    boot = metrics.stratified_bootstrap
+    wins, ranks = np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[1.0, 2.0], [2.0, 2.0]])
+    assert found.test_win_interval == boot(metrics.mean_of, wins)
+    assert found.test_rank_interval == boot(metrics.mean_of, ranks) != found.rank_interval == (1.0, 1.0)
     table = page._totals([adamw, found])  # of both the page and the Markdown
     line = dict(zip(table.header, table.rows[1], strict=True))
     assert (line["win rate, test"].value, line["mean rank, test"].value) == (0.25, 1.75)
