@@ -95,9 +95,18 @@ def array(values: Any) -> np.ndarray:
 
 def write(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
     """Write whole or not at all; numbers stand side by side, so that a record is short."""
+    return _whole(folder, name, json.dumps(plain(record), allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def copy(path: Path, folder: Path) -> Path:
+    """The same file in another folder, whole or not at all."""
+    return _whole(folder, path.name, path.read_text())
+
+
+def _whole(folder: Path, name: str, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / name, folder / f".{name}.partial"
-    partial.write_text(json.dumps(plain(record), allow_nan=False, separators=(",", ":")) + "\n")
+    partial.write_text(text)
     partial.replace(path)
     return path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +111,7 @@ def fill(
         point = once(job, todo, store, kept) if job.cell.search == "once" else None
         inputs = tuning.inputs(job.cell, job.entrant, made[name], kept, point)
         key = cells.key_of(inputs)
-        path = cells.find(store.folders, job.cell, key)
+        path = _found(store, job.cell, key, say)
         if path:
             counts["kept"] += 1
             if not job.entrant.known:  # a key sees the file that is named, not what that imports
@@ -136,10 +135,20 @@ def fill(
         if path and used is not None:
             used.append(path.name)
         if path and store.own is not None and path.parent != store.own:
-            store.own.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, store.own / path.name)
+            cells.copy(path, store.own)
         tell(cost, f"{name}, {job.cell.label}")
     return counts
+
+
+def _found(store: Store, cell: Cell, key: str, say: Callable[[str], None]) -> Path | None:
+    """The record of a key. A run's own that cannot be read is passed over; one of a cache raises ValueError."""
+    own = (store.own,) if store.own is not None else ()
+    try:
+        if path := cells.find(own, cell, key):
+            return path
+    except ValueError as error:
+        say(f"{error} It is passed over and written anew.")
+    return cells.find([folder for folder in store.folders if folder not in own], cell, key)
 
 
 def _tick(job: Job, tell: Tell, updates: int) -> None:
@@ -171,7 +180,7 @@ def once(job: Job, todo: Sequence[Job], store: Store, seeds: int) -> tuning.Poin
             continue
         task = tasks.make(other.cell.problem.family, **other.cell.problem.settings)
         key = cells.key_of(tuning.inputs(other.cell, other.entrant, task, seeds, None))
-        if path := cells.find((*([store.own] if store.own else []), *store.folders), other.cell, key):
+        if path := _found(store, other.cell, key, warn):
             finals.append(cells.array(cells.read(path)["finals"]["validation"])[: len(points), 0])
         else:
             left.append(other.cell.problem.name)

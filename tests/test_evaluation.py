@@ -535,6 +535,51 @@ def test_no_crash_is_kept_in_a_cache(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_torn_copy_of_a_record_costs_nothing(tmp_path, monkeypatch):
+    """Of the run's own folder; what a cache holds is nobody's to write over."""
+    own, cache = tmp_path / "own", tmp_path / "cache"
+    store = session.Store(own, cache, (own, cache))
+    assert fill(tmp_path, monkeypatch, finals_record, store=store)[0]["computed"] == 5
+    whole = {path.name: path.read_text() for path in own.iterdir()}
+    assert whole == {path.name: path.read_text() for path in cache.iterdir()}
+    torn = sorted(whole)[1]
+    (own / torn).write_text(whole[torn][:40])
+    counts, computed, said = fill(tmp_path, monkeypatch, finals_record, store=store)
+    assert (counts["kept"], computed) == (5, [])
+    (line,) = said
+    assert str(own / torn) in line
+    assert line.endswith("It is passed over and written anew.")
+    assert "\n" not in line
+    assert (own / torn).read_text() == whole[torn]
+    # Without a good one elsewhere it is computed again.
+    (own / torn).write_text("")
+    (cache / torn).unlink()
+    counts, computed, said = fill(tmp_path, monkeypatch, finals_record, store=store)
+    assert (counts["kept"], len(computed), len(said)) == (4, 1, 1)
+    assert (own / torn).read_text() == whole[torn]
+    (cache / torn).write_text("")
+    (own / torn).unlink()
+    with pytest.raises(ValueError, match="is no record"):
+        fill(tmp_path, monkeypatch, finals_record, store=store)
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Killed while it is written, what stood there stays."""
+    (tmp_path / "own").mkdir()
+    for place, text in (("a.json", "new"), ("own/a.json", "old")):
+        (tmp_path / place).write_text(text)
+
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cells.copy(tmp_path / "a.json", tmp_path / "own")
+    assert (tmp_path / "own/a.json").read_text() == "old"
+    monkeypatch.undo()
+    assert cells.copy(tmp_path / "a.json", tmp_path / "own").read_text() == "new"
+
+
 def test_where_ones_own_record_was_found_is_said(tmp_path, monkeypatch):
     own = "tests.test_evaluation:plain_sgd"
     monkeypatch.chdir(Path(__file__).parents[1])
