@@ -1,4 +1,4 @@
-"""Learned optimizers as optax transforms: `tx = lopt.load("quickstart", num_steps=1000)`."""
+"""Learned optimizers as optax transforms: `tx = lopt.load("lopt-base", num_steps=1000)`."""
 
 from __future__ import annotations
 

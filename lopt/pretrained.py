@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 # version -> what makes a config of it one of the next version; an artifact of any version stays readable
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-DEFAULT = "quickstart"
+DEFAULT = "lopt-base"
 
 
 def _zoo() -> Path:

@@ -175,7 +175,8 @@ def test_each_process_of_the_slurm_script_finds_its_gpu(monkeypatch):
         assert SlurmCluster.get_coordinator_address(None, None).startswith("node3:")
 
 
-def test_the_shipped_quickstart_is_its_recipes():
+@pytest.mark.parametrize("name", ["quickstart", "lopt-base"])
+def test_shipped_weights_are_of_their_recipe(name):
     """Weights and named config belong together: what the card says to run is what was run.
 
     Keys that are younger than the weights have defaults that leave everything as it was, or stand in the record too.
@@ -184,8 +185,8 @@ def test_the_shipped_quickstart_is_its_recipes():
 
     from meta_train.config import Run, load
 
-    provenance = json.loads((ROOT / "checkpoints/quickstart/config.json").read_text())["provenance"]
-    run = load("quickstart")
+    provenance = json.loads((ROOT / "checkpoints" / name / "config.json").read_text())["provenance"]
+    run = load(name)
     assert Run.from_json(provenance["run"]) == run
     assert provenance["meta_steps"] == run.meta_steps
 
