@@ -145,6 +145,11 @@ RULES: dict[str, Rule] = {
     "mulo": Rule(learned("mulo"), small_fc_cost(32)),
     "elo": Rule(learned("elo"), small_fc_cost(32)),
     "tiny": Rule(learned("tiny"), Cost(ADAFACTOR + 30 + network(14, 3, 8, 1) + STEP, TWO_PASSES + 8)),
+    "tiny_orthogonal": Rule(  # lopt-base
+        learned("tiny", pace=8, newton_schulz=True),
+        Cost(ADAFACTOR + 30 + network(14, 3, 8, 1) + STEP, TWO_PASSES + 8),
+        newton_schulz=True,
+    ),
     "celo": Rule(learned("celo"), velo_cost(4)),
     "velo": Rule(learned("velo"), velo_cost(4)),
     "celo2_plain": Rule(learned("celo2", newton_schulz=False), velo_cost(8)._replace(bytes=TWO_PASSES + 8)),

@@ -19,10 +19,16 @@ SHARED = Path(os.environ.get("LOPT_SHARED", ROOT.parent / "shared"))
 # By the configuration and not by XLA_FLAGS, which subprocesses would inherit. Measured: 8 cost no time.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Almost all the time goes into compiling, a quarter of that into passes of LLVM's that no test is about. XLA reads its
-# flags once, when a program is compiled for the first time, so that subprocesses need not inherit this one.
+# Almost all the time goes into compiling, a quarter of that into passes of LLVM's that no test is about, and a third of
+# the rest into XLA's newer emitters of fusions and splitting a program over threads. XLA reads its flags once, when a
+# program is compiled for the first time, so that subprocesses need not inherit these.
+FLAGS = (
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 theirs = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{theirs or ''} --xla_llvm_disable_expensive_passes=true".strip()
+os.environ["XLA_FLAGS"] = " ".join([theirs or "", *FLAGS]).strip()
 jax.jit(lambda: 0).lower().compile()
 if theirs is None:
     del os.environ["XLA_FLAGS"]
