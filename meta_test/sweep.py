@@ -158,6 +158,9 @@ def lines(todo: Sequence[Problem], who: Sequence[Entrant], seeds: int, say: Call
     out = []
     for entrant in who:
         name = f"{entrant.name}, muP" if scaled else entrant.name
+        if scaled and rule_of(entrant) == "sgd":  # its factors grow with the width, and would multiply the decay
+            space = {key: one for key, one in entrant.space.items() if key != "weight_decay"}
+            entrant = entrant._replace(space=space)
         finals, chosen, error = np.full((len(todo), seeds), np.inf), "untuned", ""
         if lacks := next(filter(None, map(entrant.lacks, made)), ""):
             error = f"skipped: needs {lacks}"

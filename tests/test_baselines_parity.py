@@ -302,7 +302,7 @@ def by_sophia(p, lr, b1, b2, gamma, weight_decay):
 
 def by_ademamix(p, lr, b1, b2, memory, alpha, weight_decay, num_steps):
     """With the paper's schedulers: eq. for f(β3), and α t/T; β3 by the length of the slow average, memory · T."""
-    b3 = 1 - 1 / (memory * num_steps)
+    b3 = min(max(1 - 1 / max(memory * num_steps, 1), b1), 0.9999)
     m = v = slow = 0.0
     for t, g in enumerate(G):
         f = min(t / num_steps, 1)
@@ -347,6 +347,22 @@ HAND = {
     "sam": (of("sam"), by_sam, dict(lr=0.01, rho=0.3, momentum=0.9), {}),
     "sophia": (of("sophia"), by_sophia, ADAM | dict(gamma=20.0, weight_decay=0.1), {}),
 }
+
+
+@pytest.mark.parametrize("memories", [(0.05, 0.1), (700.0, 1000.0)])
+def test_ademamixs_memory_is_neither_below_b1_nor_beyond_the_papers(memories):
+    """Beyond either bound of b3 another memory changes nothing."""
+    hyper = ADAM | dict(alpha=5.0, weight_decay=0.1, num_steps=16)
+    one, other = (np.stack([*by_ademamix(W, memory=memory, **hyper)]) for memory in memories)
+    np.testing.assert_array_equal(one, other)
+
+    def step(carry, g):
+        updates, state = tx.update(g, carry[1], carry[0])
+        return (params := optax.apply_updates(carry[0], updates), state), params
+
+    tx = of("ademamix")(memory=memories[1], **hyper)
+    rows = jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), jnp.asarray(G))[1])(jnp.asarray(W))
+    assert np.abs(rows - one).max() < 1e-6 * np.abs(one - W).max()
 
 
 @pytest.mark.parametrize("name", HAND)

@@ -1230,6 +1230,9 @@ def test_run_report_and_resume(tmp_path, monkeypatch, capsys):
     assert made_with == f"JAX {jax.__version__}, optax {optax.__version__}"
     assert cli.main(["run", "--suite", "smoke", "--optimizers", "adamw", *command[5:], "--no-timing"]) == 0
     assert "holds 1 cells of an earlier command that this one does not ask for" in capsys.readouterr().err
+    untimed = [*command[:-4], "--out", str(tmp_path / "untimed"), "--cache", str(cache), "--no-timing"]
+    assert cli.main(untimed) == 0
+    assert dict(page.environment(standings.load([tmp_path / "untimed"])))["steps timed"] == "never"
     assert cli.main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.html").stat().st_size > 10_000
 
@@ -1359,12 +1362,14 @@ def test_who_follows_no_rule_of_mup_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_over_widths_in_mup(monkeypatch):
     monkeypatch.setattr(tuning, "RUNS", 1)
-    monkeypatch.setattr(tuning, "search", lambda bench, cell: tuning.Found([Point({"lr": 0.1}, "constant")], {}))
+    spaces, found = [], tuning.Found([Point({"lr": 0.1}, "constant")], {})
+    monkeypatch.setattr(tuning, "search", lambda bench, cell: (spaces.append(set(bench.entrant.space)), found)[1])
     monkeypatch.setattr(tuning, "choose", lambda found, split: 0)
     todo = sweep.in_mup("width", sweep.problems("image_mlp", "width", (4, 16), 10))
     (line,) = sweep.lines(todo, [entrants.resolve("sgd")], 1, lambda text: None)
     assert (line.name, line.chosen, line.error) == ("sgd, muP", "lr 0.1, constant", "")
     assert np.isfinite(line.finals).all()
+    assert spaces == [{"lr"}]  # factors above 1 would multiply the decay
 
 
 def test_axes_of_a_sweep():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -35,9 +36,10 @@ RULES, DEFAULTS = table("paper"), table("schedule")
 
 
 def build(row: str) -> lopt.LearnedOptimizer:
-    """The rule of a first cell: `name` or `name(setting=integer)`."""
-    name, setting, value = re.fullmatch(r"(\w+)(?:\((\w+)=(\d+)\))?", row).groups()  # pyrefly: ignore
-    return rules.make(name, **({setting: int(value)} if setting else {}))
+    """The rule of a first cell: `name` or `name(setting=value, …)`."""
+    name, _, settings = row.partition("(")
+    call = ast.parse(f"dict({settings}" if settings else "dict()", mode="eval").body
+    return rules.make(name, **{one.arg: ast.literal_eval(one.value) for one in call.keywords})  # pyrefly: ignore
 
 
 def size(tree) -> int:
@@ -66,7 +68,7 @@ def test_numbers(row):
     vector = {"16.01": 20, "16.02": 28}.get(says["state, B/param"], float(says["state, B/param"]))
     assert size(initial(rule, {"b": (1024,)}).leaves) / 2**10 == (8 if rule.name == "celo2" else vector)
     assert set(says["needs"].split(", ")) - {"–"} == set(rule.needs)
-    named = set(re.findall(r"`(\w+)`", says["weights"]))
+    named = set(re.findall(r"`([\w-]+)`", says["weights"]))
     assert named <= set(convert.REGISTRY) | set(lopt.available())
 
 
