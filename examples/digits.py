@@ -34,7 +34,7 @@ def loss_fn(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-tx = lopt.load("quickstart", num_steps=STEPS)
+tx = lopt.load("lopt-base", num_steps=STEPS)
 params = init(jax.random.key(0))
 state = tx.init(params)
 
