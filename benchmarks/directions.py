@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import tasks
-from lopt.rules.tiny import tiny
+from lopt.rules.tiny import HAND_SET, MOMENTUM, tiny
 from meta_test import runs
 
 TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -33,10 +33,10 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "transformer": ("transformer_lm", {"data": "kjv", "depth": 1, "width": 32, "length": 16, "batch_size": 16}, 400),
 }
 DIRECTIONS = {  # name -> orthogonalised, which input of the rule is passed on
-    "m·rsqrt(v), .9": (False, 6),
-    "orthogonal m·rsqrt(v), .9": (True, 6),
-    "orthogonal m, .9": (True, 0),
-    "orthogonal m, .99": (True, 1),
+    "m·rsqrt(v), .9": (False, HAND_SET),
+    "orthogonal m·rsqrt(v), .9": (True, HAND_SET),
+    "orthogonal m, .9": (True, MOMENTUM),
+    "orthogonal m, .99": (True, MOMENTUM + 1),
 }
 STEPS = 10 ** np.linspace(-2.75, -1, 8)  # of a tensor, over its own root mean square
 RATES = 10 ** np.linspace(-3, -1, 9)  # of AdamW

@@ -1,4 +1,4 @@
-"""What the command-line tools share: set-up of JAX on a CPU, progress with an ETA, errors of one line."""
+"""What the command-line tools share: set-up of JAX on a CPU, progress with an ETA, errors of one line, whole files."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ def compiler_options() -> dict[str, Any]:
     except RuntimeError:
         return {}
     return CPU_OPTIONS
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; its folder is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
 
 
 def span(seconds: float) -> str:

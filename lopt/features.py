@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lopt.tensor import Moved, Scaled, Tensor
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of an iteration
 
 
 class Accumulators(NamedTuple):
@@ -156,6 +157,18 @@ def safe_sqrt(x: Array) -> Array:
     """The root, with derivative 0 instead of infinity at 0: a gradient of exactly 0 must not make that of theta NaN."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def orthogonalize(x: Array, iterations: int = 5) -> Array:
+    """Newton–Schulz on the last two axes: singular values are driven towards 1. Jordan et al. (2024), Muon."""
+    transpose = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if transpose else x
+    x = x / (safe_sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-8)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return jnp.swapaxes(x, -1, -2) if transpose else x
 
 
 def factors(acc: Accumulators, mean: Array | None) -> Factored:

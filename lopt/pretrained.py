@@ -22,6 +22,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from lopt import rules
 from lopt.base import LearnedOptimizer, proximal, unknown
+from lopt.console import write_whole
 
 FORMAT_VERSION = 1
 # version -> what makes a config of it one of the next version; an artifact of any version stays readable
@@ -194,12 +195,10 @@ def save(
     )
     for file, content in (
         (WEIGHTS, weights),
-        (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
-        (CARD, card.encode()),
+        (CONFIG, json.dumps(config, indent=2) + "\n"),
+        (CARD, card),
     ):
-        partial = folder / f".{file}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / file)
+        write_whole(folder / file, content)
     return folder
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lopt.console import write_whole
 from meta_test.suites import SUITES, VERSIONS, Problem
 
 PROTOCOL = 1  # raised when a number changes for the same inputs
@@ -95,20 +96,16 @@ def array(values: Any) -> np.ndarray:
 
 def write(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
     """Write whole or not at all; numbers stand side by side, so that a record is short."""
-    return _whole(folder, name, json.dumps(plain(record), allow_nan=False, separators=(",", ":")) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / name, json.dumps(plain(record), allow_nan=False, separators=(",", ":")) + "\n")
+    return folder / name
 
 
 def copy(path: Path, folder: Path) -> Path:
     """The same file in another folder, whole or not at all."""
-    return _whole(folder, path.name, path.read_text())
-
-
-def _whole(folder: Path, name: str, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / name, folder / f".{name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
-    return path
+    write_whole(folder / path.name, path.read_bytes())
+    return folder / path.name
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         "met": {entrant.name: met(entrant) for entrant in wanted},
     }
     cells.write(args.out, standings.ABOUT, about)
-    if timing or not (args.out / standings.TIMING).is_file():  # --no-timing keeps what was measured before
+    if timing:  # --no-timing keeps what was measured before
         cells.write(args.out, standings.TIMING, {**now, "timing": timing})
     print(_counted(counts))
     return write_report([args.out], args.out, None)

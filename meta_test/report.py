@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from lopt.console import write_whole
 from meta_test import compare as cmp
 from meta_test import metrics
 from meta_test.cells import plain
@@ -242,9 +243,7 @@ def write(folder: Path, files: Mapping[str, str | bytes]) -> None:
     """Write each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(folder / name)
+        write_whole(folder / name, content)
 
 
 def dump(value: Any) -> str:

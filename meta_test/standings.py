@@ -151,8 +151,7 @@ def load(folders: Sequence[Path], seeds: int | None = None) -> Board:
             rows.setdefault(problem, {})[row.label] = row
         if (folder / TIMING).is_file():
             times = json.loads((folder / TIMING).read_text())
-            if times["timing"]:
-                about["timed"] = {key: times.get(key) for key in ("date", "machine")}
+            about["timed"] = {key: times.get(key) for key in ("date", "machine")}
             for problem, found in times["timing"].items():
                 # The first folder's reference stays the reference: a later session's times are scaled to it.
                 held = timing.setdefault(problem, {})

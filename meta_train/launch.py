@@ -24,11 +24,10 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from lopt.console import fail, prepare_jax, span
+from lopt.console import fail, prepare_jax, span, write_whole
 from meta_train import config as cfg
 from meta_train.estimators import WHOLE_EPISODES
 from meta_train.nowcast_config import Nowcasting
-from meta_train.record import write_whole
 
 T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`

@@ -5,12 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text)
-    partial_path.replace(path)
+from lopt.console import write_whole
 
 
 class Log:

@@ -19,7 +19,6 @@ from lopt.tensor import Leaf, Scaled, Tensor
 from lopt.transform import Arithmetic, clip_scale, define
 
 INPUTS, UNFACTORED_INPUTS = 30, 15
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Theta(NamedTuple):
@@ -41,18 +40,6 @@ def inputs(acc: F.Accumulators, g: jax.Array, p: jax.Array, rows: F.Rows | None,
     xs += [*F.factored_gradient(g, f), g * inv]
     row, col = acc.row, acc.row if acc.col is None else acc.col
     return [*xs, *row, *col, *F.rsqrt_all(row, 1e-8), *F.rsqrt_all(col, 1e-8), *F.factored_momenta(acc, f, eps=0.0)]
-
-
-def orthogonalize(x: jax.Array, iterations: int = 5) -> jax.Array:
-    """Newton–Schulz on the last two axes: singular values are driven towards 1."""
-    transpose = x.shape[-2] > x.shape[-1]
-    x = jnp.swapaxes(x, -1, -2) if transpose else x
-    x = x / (F.safe_sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-8)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(iterations):
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return jnp.swapaxes(x, -1, -2) if transpose else x
 
 
 def celo2(
@@ -156,7 +143,7 @@ def celo2(
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-9, last_two)
             size = jnp.sqrt(tensor.mean_square() + 1e-9) if param_scale else 1.0
-            matrices = orthogonalize if newton_schulz and rank >= 2 else None
+            matrices = F.orthogonalize if newton_schulz and rank >= 2 else None
             scaled = Scaled(lambda square: jax.lax.rsqrt(square + 1e-9) * rms_mult, last_two, matrices)
             return F.move(tensor, direction, rows, scaled)
 

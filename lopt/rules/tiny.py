@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from lopt import features as F
 from lopt.base import LearnedOptimizer, positive
-from lopt.rules.celo2 import orthogonalize
 from lopt.tensor import Scaled
 from lopt.transform import Arithmetic, define
 
@@ -158,7 +157,7 @@ def tiny(
                 signals = 1 / scales[SIGNALS].reshape(-1)
                 log_step += length(theta.pace, condition(signals, rms, len(tensor.leaf.shape), told))
             size = step_mult * jnp.exp(log_step) * jnp.maximum(rms, min_rms)
-            matrices = orthogonalize if newton_schulz and len(tensor.leaf.shape) >= 2 else None
+            matrices = F.orthogonalize if newton_schulz and len(tensor.leaf.shape) >= 2 else None
             scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
             return F.move(tensor, direction, rows, scaled)
 
