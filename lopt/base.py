@@ -36,6 +36,11 @@ def proximal(rule: LearnedOptimizer) -> bool:
     return "prox" in inspect.signature(rule.bind).parameters
 
 
+def mappable(rule: LearnedOptimizer) -> bool:
+    """Whether `bind` takes mapped=: under `vmap`, tensors that share theta then go through the network as one."""
+    return "mapped" in inspect.signature(rule.bind).parameters
+
+
 def positive(rule: str, **values: Any) -> None:
     """Refuse settings that are not above 0; None passes where a rule has it for "none"."""
     for key, value in values.items():

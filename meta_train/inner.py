@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt.base import LearnedOptimizer, proximal, unknown
+from lopt.base import LearnedOptimizer, mappable, proximal, unknown
 from lopt.prox import Penalty
 from tasks.base import Task
 
@@ -47,6 +47,8 @@ class Inner(NamedTuple):
       longest: the greatest horizon.
       first: like `reset`, for the particles a meta-training begins with; None: `reset`. Particles that all began at
         t = 0 with one horizon would march in step, and each meta-step would see one phase of training only.
+      features: of a rule that steps many particles of one theta best as one, a prefix tree of the particle: how many
+        axes of features its arrays have in front, behind which the particles are to lie. None: of any other.
     """
 
     reset: Callable[[jax.Array], Any]
@@ -55,6 +57,7 @@ class Inner(NamedTuple):
     shortest: int
     longest: int
     first: Callable[[jax.Array], Any] | None = None
+    features: Any = None
 
 
 class Horizon(NamedTuple):
@@ -139,9 +142,9 @@ def make_inner(
         value_and_grad = lambda *args: (task.loss(*args), smooth(*args))  # noqa: E731
 
     def bind(theta: Any, num_steps: Any, phi: Any) -> optax.GradientTransformationExtraArgs:
-        more = {}
+        more: dict[str, Any] = {"mapped": True} if mappable(rule) else {}
         if composite:
-            more = {"prox": Penalty(composite.penalty(phi), composite.kind), "lipschitz": composite.lipschitz(phi)}
+            more |= {"prox": Penalty(composite.penalty(phi), composite.kind), "lipschitz": composite.lipschitz(phi)}
         # A trajectory that is no longer finite is reset by its estimator, so nothing need be skipped here.
         return rule.bind(theta, num_steps=num_steps, nonfinite="propagate", diagnostics=False, **more)
 
@@ -199,4 +202,12 @@ def make_inner(
         return moved, value, done, diverged
 
     axes: Any = Particle(0, 0, 0, phi=None, t=None, horizon=None, scale=None)  # pyrefly: ignore
-    return Inner(reset, step, axes, horizon.low, horizon.high, first if stagger else None)
+    features = _in_front(jax.eval_shape(reset, jax.random.key(0))) if mappable(rule) else None
+    return Inner(reset, step, axes, horizon.low, horizon.high, first if stagger else None, features)
+
+
+def _in_front(like: Particle) -> Any:
+    """1 for arrays [F, ...] that the optimizer keeps of the task's only tensor, 0 for all others."""
+    shapes = [x.shape for x in jax.tree.leaves(like.params)]
+    state = jax.tree.map(lambda x: int(x.ndim > 1 and [x.shape[1:]] == shapes), like.opt_state)
+    return Particle(0, state, 0, 0, 0, 0, 0)  # pyrefly: ignore

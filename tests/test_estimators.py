@@ -308,8 +308,9 @@ def test_what_diverges_in_a_whole_episode_keeps_its_limit():
     assert estimate.loss > 0.5 * 3 * 8 / 10  # half of the copies at 3 for eight steps of ten
 
 
+@pytest.mark.parametrize("features", [None, 0])  # 0: the gradient of all together, until one is not finite
 @pytest.mark.parametrize("name", ["truncated_backprop", "full_backprop"])
-def test_a_particle_without_a_finite_gradient_is_left_out_and_counted(name):
+def test_a_particle_without_a_finite_gradient_is_left_out_and_counted(name, features):
     plain = linear(6)
 
     def step(theta, particle, key):
@@ -320,7 +321,8 @@ def test_a_particle_without_a_finite_gradient_is_left_out_and_counted(name):
     def reset(key):
         return plain.reset(key) | {"flag": 1.0 * (jax.random.uniform(key) < 0.5)}
 
-    inner = plain._replace(step=step, reset=reset, theta_axes=plain.theta_axes | {"flag": None})
+    axes = plain.theta_axes | {"flag": None}
+    inner = plain._replace(step=step, reset=reset, theta_axes=axes, features=features)
     estimator = make(name, inner, 6, particles=16)
     estimate, _ = jax.jit(estimator.estimate)(jax.random.key(1), THETA, estimator.init(jax.random.key(0), THETA))
     assert 0 < int(estimate.diverged) < 16

@@ -14,6 +14,7 @@ import tasks
 from lopt import prox, proximal, rules
 from lopt.proximal_safeguard import safeguard
 from lopt.rules import l2o_pa
+from meta_train.estimators.truncated_backprop import truncated_backprop
 from meta_train.inner import Horizon, make_inner
 from tasks import augment
 
@@ -98,6 +99,46 @@ def test_an_inner_step_gives_each_rule_its_gradient(name):
         y = optax.apply_updates(y, updates)
         np.testing.assert_allclose(particle.params, y, rtol=1e-4, atol=1e-6)
         assert float(value) == pytest.approx(float(task.loss(y, None, phi, 0 * y)), rel=1e-4)
+
+
+def test_particles_as_one_have_the_gradient_of_each():
+    """In windows with resets, of instances that differ."""
+    rule = rules.make("l2o_pa", form="PBA12", hidden=4)
+    inner = make_inner(rule, tasks.make("lasso"), horizon=Horizon(5, 9), meta_loss="fresh", loss_limit=1e6)
+    assert (inner.features.opt_state.leaves.memory, inner.features.opt_state.leaves.x) == (1, 0)
+    theta, found = rule.init_theta(jax.random.key(0)), []
+    for one in (inner, inner._replace(features=None)):
+        estimator = truncated_backprop(one, particles=6, truncation=5)
+        state, estimate_ = estimator.init(jax.random.key(1), theta), jax.jit(estimator.estimate)
+        for t in range(3):
+            estimate, state = estimate_(jax.random.key(t), theta, state)
+        found.append((estimate, state))
+    assert int(found[0][0].resets) > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
+    assert optax.tree.norm(found[0][0].grad) > 1e-3
+
+
+def test_the_network_sees_tensors_of_one_theta_as_one():
+    """One product for all of them, in values and derivatives what it is of each; not where thetas differ."""
+    theta, keys = l2o_pa.init_lstm(jax.random.key(0), 2, 3), jax.random.split(jax.random.key(1))
+    x, memory = jax.random.normal(keys[0], (5, 2, 7)), jax.random.normal(keys[1], (5, 12, 7))
+    seen = []
+
+    def network(theta, x, memory):
+        seen.append(x.shape)
+        return l2o_pa.lstm(theta, x, memory)
+
+    def loss(f, theta, x, memory):
+        return sum(jnp.sum(jnp.sin(y)) for y in jax.vmap(f, (None, 0, 0))(theta, x, memory))
+
+    ours, plain = (jax.grad(loss, (1, 2, 3))(f, theta, x, memory) for f in (l2o_pa.as_one(network), l2o_pa.lstm))
+    assert (2, 35) in seen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, plain)
+    seen.clear()
+    thetas = jax.tree.map(lambda w: jnp.stack([w, 2 * w, 3 * w, 4 * w, 5 * w]), theta)
+    ours, plain = (jax.vmap(f)(thetas, x, memory) for f in (l2o_pa.as_one(network), l2o_pa.lstm))
+    assert (2, 35) not in seen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, plain)
 
 
 def test_forms_with_b_pass_over_what_is_frozen_or_empty():

@@ -18,7 +18,7 @@ Differs from the paper: x starts at the parameters rather than at 0, and so does
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -86,7 +86,8 @@ def init_lstm(key: Array, inputs: int, hidden: int) -> tuple[Recurrent, ...]:
 
 def dense(w: Float[Array, "n m"], b: Float[Array, " m"], x: Float[Array, "n *shape"]) -> Float[Array, "m *shape"]:
     """A layer applied to every coordinate, features in front."""
-    return jnp.tensordot(w, x, ((0,), (0,))) + b.reshape(-1, *[1] * (x.ndim - 1))
+    # A bias is the weight of a 1: its gradient is then part of the weights', and no sum of its own.
+    return jnp.tensordot(jnp.concatenate([w, b[None]]).T, jnp.concatenate([x, jnp.ones_like(x[:1])]), 1)
 
 
 def lstm(layers: Sequence[Recurrent], x: Float[Array, "I *shape"], memory: Any) -> tuple[Array, Any]:
@@ -103,13 +104,35 @@ def lstm(layers: Sequence[Recurrent], x: Float[Array, "I *shape"], memory: Any) 
     parts = jnp.split(jnp.stack(memory) if isinstance(memory, tuple) else memory, 2 * len(layers))
     new = []
     for layer, hidden, cell in zip(layers, parts[::2], parts[1::2], strict=True):
-        gates = dense(layer.inputs, layer.b, x) + dense(layer.state, jnp.zeros_like(layer.b), hidden)
+        gates = dense(jnp.concatenate([layer.inputs, layer.state]), layer.b, jnp.concatenate([x, hidden]))
         i, f, g, o = jnp.split(gates, 4)
         cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
         x = jax.nn.sigmoid(o) * jnp.tanh(cell)
         new += [x, cell]
     whole = jnp.concatenate(new)
     return x, tuple(whole) if isinstance(memory, tuple) else whole
+
+
+def as_one(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(theta, *arrays)`, features in front, for `vmap`: tensors that share theta are seen as one long one.
+
+    Products with a network's weights are then few and large, where there would be as many small ones as tensors, or
+    transposed arrays between them. JAX differentiates it in reverse where it is mapped, and nowhere else.
+    """
+    mapped = jax.custom_batching.custom_vmap(f)
+
+    @mapped.def_vmap
+    def over(size: int, batched: Any, theta: Any, *xs: Any) -> Any:
+        if any(jax.tree.leaves(batched[0])) or not all(jax.tree.leaves(batched[1:])):
+            axes = jax.tree.map(lambda on: 0 if on else None, batched)
+            out = jax.vmap(f, in_axes=tuple(axes), axis_size=size)(theta, *xs)
+        else:
+            shape = jax.tree.leaves(xs)[0].shape[2:]
+            flat = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1), xs)
+            out = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, size, *shape), 1, 0), f(theta, *flat))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
 
 
 def l2o_pa(
@@ -127,6 +150,7 @@ def l2o_pa(
 
       prox: r, a `lopt.prox.Penalty`; None for 0: then this is an ordinary optimizer.
       lipschitz: L, the Lipschitz constant of ∇f (of ½‖Wx - b‖² that is ‖W‖²), a number or traced; 1 by default.
+      mapped: for meta-training. Under `vmap`, tensors that share theta go through the network as one, see `as_one`.
 
     and gradients are those of f alone, at the parameters. The forms with b also need them at x:
     `update(grads, state, params, grad_fn=)`, where grad_fn gives the gradient of f at any params. `solution(state)` is
@@ -171,13 +195,17 @@ def l2o_pa(
         memory = jnp.zeros((2 * LAYERS * hidden, *p.shape), p.dtype)
         return Iterate(p, memory, jnp.zeros_like(p) if "b" in parts else ())
 
-    def said(theta: Theta, g: Array, y: Array, memory: Any) -> tuple[dict[str, Any], Any]:
-        """What the network says of each coordinate; its inputs are not differentiated, as in the original."""
-        out, memory = lstm(theta.lstm, jax.lax.stop_gradient(jnp.stack([g, y])), memory)
-        out = dense(theta.heads.w, theta.heads.b, jax.nn.relu(dense(theta.trunk.w, theta.trunk.b, out)))
+    def network(theta: Theta, x: Array, memory: Any) -> tuple[Array, Any]:
+        """[K, …] of each coordinate, and its memory; inputs are not differentiated, as in the original."""
+        out, memory = lstm(theta.lstm, jax.lax.stop_gradient(x), memory)
+        return dense(theta.heads.w, theta.heads.b, jax.nn.relu(dense(theta.trunk.w, theta.trunk.b, out))), memory
+
+    def said(network: Any, theta: Theta, g: Array, y: Array, memory: Any) -> tuple[dict[str, Any], Any]:
+        """What the network says of each coordinate."""
+        out, memory = network(theta, jnp.stack([g, y]), memory)
         return OFF | {part: ranges[part](t) for part, t in zip(parts, out, strict=True)}, memory
 
-    def update(tensor, common, own):
+    def update(network, tensor, common, own):
         (theta, lipschitz, r), _ = common
         if not r.separable:
             if any(tensor.leaf.axes):
@@ -189,7 +217,7 @@ def l2o_pa(
 
         def direction(g, y, state, _):
             step = jnp.asarray(SAFE / lipschitz, y.dtype)
-            use, memory = said(theta, g, y, state.memory)
+            use, memory = said(network, theta, g, y, state.memory)
             # One metric for the gradient and the operator, or a fixed point would be no minimum.
             metric = r.pooled(step * use["p"] * jnp.ones_like(y))
             v = y - metric * g
@@ -202,18 +230,24 @@ def l2o_pa(
         return tensor.move(direction, tensor.state)
 
     def bind(
-        theta: Any, *, prox: penalties.Penalty | None = None, lipschitz: Any = 1.0, **options: Any
+        theta: Any,
+        *,
+        prox: penalties.Penalty | None = None,
+        lipschitz: Any = 1.0,
+        mapped: bool = False,
+        **options: Any,
     ) -> optax.GradientTransformationExtraArgs:
         r = penalties.none() if prox is None else prox
         if not isinstance(r, penalties.Penalty):
             raise ValueError(f"lopt.rules.l2o_pa: prox, got {prox!r}; valid: a penalty of lopt.prox, or None.")
         if not isinstance(lipschitz, jax.Array):
             positive("lopt.rules.l2o_pa", lipschitz=lipschitz)
+        step = functools.partial(update, as_one(network) if mapped else network)
         bound = define(
             "l2o_pa",
             settings,
             init_theta,
-            lambda theta: Arithmetic(functools.partial(init_leaf, theta[2]), update, theta),
+            lambda theta: Arithmetic(functools.partial(init_leaf, theta[2]), step, theta),
         ).bind((theta, lipschitz, r), **options)
         return bound if "b" not in parts else _told_gradients_at_x(bound)
 

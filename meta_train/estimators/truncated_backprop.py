@@ -42,18 +42,32 @@ def truncated_backprop(inner: Inner, *, particles: int = 8, truncation: int = 50
 
     def estimate(key: jax.Array, theta: Any, state: State) -> tuple[Estimate, State]:
         reset_keys, step_keys = unroll.split(unroll.fold(key, state.index), 2)
-        start, fresh = unroll.repeat(inner, state.particles, 1), unroll.reset(inner, reset_keys, 1)
+        start, fresh = state.particles, jax.vmap(inner.reset)(reset_keys)
+        settings = dict(steps=truncation, score=lambda loss: loss[:, 0], remat=True)
 
-        def loss(thetas):
-            seen = unroll.window(
-                inner, thetas, start, fresh, step_keys, steps=truncation, score=lambda loss: loss[:, 0], remat=True
-            )
-            return (seen.before + seen.after).sum() / truncation, seen
+        def gradient(thetas, start, fresh, **how):
+            def loss(thetas):
+                seen = unroll.window(inner, thetas, start, fresh, step_keys, **settings, **how)
+                return (seen.before + seen.after).sum() / truncation, seen
 
-        grads, seen = jax.grad(loss, has_aux=True)(unroll.unperturbed(theta, len(state.index)))
-        grad, lost = unroll.finite_mean(grads)
+            return jax.grad(loss, has_aux=True)(thetas)
+
+        def each():
+            """The mean of gradients that every particle has of its own."""
+            copies = (unroll.repeat(inner, particles, 1) for particles in (start, fresh))
+            grads, seen = gradient(unroll.unperturbed(theta, len(state.index)), *copies)
+            return *unroll.finite_mean(grads), seen._replace(particles=unroll.pick(inner, seen.particles, 0))
+
+        def together():
+            """The same by one product of all particles, unless a gradient that is not finite is among them."""
+            total, seen = gradient(theta, start, fresh, shared=True)
+            mean = jax.tree.map(lambda g: g / len(state.index), total)
+            none = jnp.zeros((), jnp.int32)
+            return *jax.lax.cond(unroll.finite(mean), lambda: (mean, none), lambda: each()[:2]), seen
+
+        grad, lost, seen = each() if inner.features is None else together()
         diverged = jnp.maximum(seen.diverged, lost)  # the lost are mostly those that diverged
-        state = State(unroll.pick(inner, seen.particles, 0), state.index)
+        state = State(seen.particles, state.index)
         return Estimate(grad, seen.loss, diverged, seen.resets, seen.updates, lost), state
 
     return Estimator(init, estimate, particles * truncation)

@@ -99,6 +99,11 @@ def unperturbed(theta: Any, particles: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (particles, 1, *x.shape)), theta)
 
 
+def finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every element of all arrays is."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def finite_mean(grads: Any) -> tuple[Any, Int[Array, ""]]:
     """Mean over the particles of gradients [N, 1, ...], and the number of those that are not finite and count as 0.
 
@@ -133,6 +138,17 @@ def step_copies(inner: Inner) -> Callable[..., tuple[Any, jax.Array, jax.Array, 
     return jax.vmap(jax.vmap(inner.step, in_axes=(0, axes, None), out_axes=(axes, 0, None, 0)))
 
 
+def step_shared(inner: Inner) -> Callable[..., tuple[Any, jax.Array, jax.Array, jax.Array]]:
+    """The same of one theta for all particles, without a copy axis; these lie behind their features."""
+    step = jax.vmap(inner.step, in_axes=(None, inner.features, 0), out_axes=(inner.features, 0, 0, 0))
+
+    def of_one_copy(theta: Any, particles: Any, keys: jax.Array):
+        particles, loss, done, bad = step(theta, particles, keys)
+        return particles, loss[:, None], done, bad[:, None]
+
+    return of_one_copy
+
+
 def window(
     inner: Inner,
     thetas: Any,
@@ -144,13 +160,14 @@ def window(
     score: Score,
     renewed: Any = None,
     remat: bool = False,
+    shared: bool = False,
 ) -> Window:
     """Unroll a window; a particle is reset when its horizon is reached or one of its copies diverges.
 
     Args:
       inner: see `Inner`.
-      thetas: [N, C, ...].
-      particles: where the window begins.
+      thetas: [N, C, ...], or one theta that is shared.
+      particles: where the window begins; without a copy axis where theta is shared.
       fresh: particles that take the place of those that end. Inits are dear beside an inner step and a window resets a
         particle once unless it diverges, so there is one a window.
       keys: [N], consumed.
@@ -158,11 +175,14 @@ def window(
       score: what to sum of a step's meta-losses.
       renewed: thetas of the episodes that begin inside the window, or None where they go on with the same.
       remat: recompute a step's inside in the backward pass, so that only its particles are stored.
+      shared: whether there is one theta, and one copy of each particle. The particles' axis is then behind those of
+        features until the end, since products with one theta want them so.
     """
-    step = step_copies(inner)
+    step, features = (step_shared(inner), inner.features) if shared else (step_copies(inner), 0)
+    particles, fresh = _moved(0, features, particles), _moved(0, features, fresh)
 
     def begun(particles, current, ended):
-        return _select(ended, (fresh, renewed), (particles, current))
+        return _select(ended, (fresh, renewed), (particles, current), (features, 0))
 
     def body(carry, k):
         particles, current, ended, before, after, was_reset, diverged = carry
@@ -184,9 +204,9 @@ def window(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     last, (losses, ends) = jax.lax.scan(body, start, jnp.arange(steps))
     particles, current, ended, before, after, was_reset, diverged = last
-    particles, _ = begun(particles, current, ended)
+    particles = _moved(features, 0, begun(particles, current, ended)[0])
     resets = ends.sum(dtype=jnp.int32)
-    updates = jnp.full((), steps * len(keys) * _copies(thetas), jnp.int32)
+    updates = jnp.full((), steps * len(keys) * (1 if shared else _copies(thetas)), jnp.int32)
     return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, resets, updates)
 
 
@@ -258,5 +278,18 @@ def _map_axes(on: Any, off: Any, axes: Any, tree: Any) -> Any:
     )
 
 
-def _select(mask: Bool[Array, " N"], new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(mask.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+def _moved(source: Any, to: Any, tree: Any) -> Any:
+    """With the particles' axis elsewhere; one of both is 0, the other a prefix of the tree."""
+    if source == 0:
+        return jax.tree.map(lambda n, part: jax.tree.map(lambda x: jnp.moveaxis(x, 0, n), part), to, tree)
+    return jax.tree.map(lambda n, part: jax.tree.map(lambda x: jnp.moveaxis(x, n, 0), part), source, tree)
+
+
+def _select(mask: Bool[Array, " N"], new: Any, old: Any, at: Any = 0) -> Any:
+    """New particles where the mask is set; their axis is `at`, a prefix of the trees."""
+
+    def chosen(axis: int, new: Any, old: Any) -> Any:
+        where = lambda n, o: jnp.where(jnp.expand_dims(mask, [i for i in range(n.ndim) if i != axis]), n, o)  # noqa: E731
+        return jax.tree.map(where, new, old)
+
+    return jax.tree.map(chosen, at, new, old)
