@@ -1,6 +1,6 @@
 """Inner steps per second of meta-training, how they scale, what a start takes, and what the floor is.
 
-    python benchmarks/meta_train.py [--only speed scaling devices startup floor velo] [--json FILE]
+    python benchmarks/meta_train.py [--only speed scaling devices startup floor velo l2o] [--json FILE]
 
 The setting is small_fc h 4 on an MLP 64-32-10, batch 64, PES truncation 50, horizons 100 to 2,000, meta-loss of the
 training batch. An inner step is one inner update of one antithetic sign. In that setting google/learned_optimization
@@ -14,6 +14,7 @@ does about 2,700 a CPU-second with one core busy, so that this is its wall-clock
 - floor: on one device with one thread, what batches, forward and backward, and the rule take alone, and FLOPs counted
   by hand over the measured rate of a matrix product.
 - velo: inner steps per second of the rule `velo`, for the arithmetic of docs/scaling.md.
+- l2o: the meta-step of the config l2o_lasso, backpropagation through 20 steps of 64 instances of 20 × 40.
 
 Each measurement is a process of its own. All take about ten minutes on two cores. Run it on an idle machine, then
 `python benchmarks/tables.py FILE` writes the tables of docs/performance.md and docs/scaling.md; nothing else publishes
@@ -23,6 +24,7 @@ these numbers.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -43,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
 REFERENCE = 2700.0  # inner steps per second, and per CPU-second, of google/learned_optimization on such a machine
-SECTIONS = ("speed", "scaling", "devices", "startup", "floor", "velo")
+SECTIONS = ("speed", "scaling", "devices", "startup", "floor", "velo", "l2o")
 BATCH, WIDTHS = 64, (64, 32, 10)
 
 
@@ -56,10 +58,7 @@ def measure(
     *, pairs: int = 8, truncation: int = 50, hidden: int = 32, rule: str = "small_fc", meta_steps: int = 40
 ) -> dict[str, Any]:
     """Of one program, after two meta-steps to warm up."""
-    import jax
-
     from meta_train import config as cfg
-    from meta_train import loop
     from meta_train.groups import make_tasks, param_shapes
 
     run = cfg.Run(
@@ -70,6 +69,25 @@ def measure(
         horizon=cfg.Horizon(max(100, truncation), 2000),
         meta_loss="train",
     )
+    params = sum(x[0] * (x[1] if len(x) > 1 else 1) for x in param_shapes(*make_tasks(run, run.groups)).values())
+    return {"pairs": pairs, "truncation": truncation, "params": params} | timed(run, meta_steps)
+
+
+def l2o(*, meta_steps: int = 40) -> dict[str, Any]:
+    """Of the config l2o_lasso, without its meta-validation."""
+    from meta_train import config as cfg
+    from meta_train.configs.l2o_lasso import RUN
+
+    sizes = {"pairs": RUN.estimator.pairs, "truncation": RUN.estimator.truncation, "params": 40}
+    return sizes | timed(dataclasses.replace(RUN, validation=cfg.Validation()), meta_steps)
+
+
+def timed(run: Any, meta_steps: int) -> dict[str, Any]:
+    """Speed of a run's meta-steps."""
+    import jax
+
+    from meta_train import loop
+
     program = loop.build(run)
     state = program.init()
     for _ in range(2):
@@ -83,9 +101,8 @@ def measure(
         times.append(time.perf_counter() - began)
     cpu = cpu_seconds() - cpu
     each, deciles = updates / meta_steps, statistics.quantiles(times, n=10)
-    params = sum(x[0] * (x[1] if len(x) > 1 else 1) for x in param_shapes(*make_tasks(run, run.groups)).values())
     return {
-        **{"pairs": pairs, "truncation": truncation, "params": params, "rule": rule, "devices": jax.device_count()},
+        **{"rule": run.rule, "devices": jax.device_count()},
         "meta_parameters": sum(x.size for x in jax.tree.leaves(state.theta)),
         "inner_steps_per_second": each / statistics.median(times),
         "inner_steps_per_second_10th_90th": [each / deciles[-1], each / deciles[0]],
@@ -230,7 +247,7 @@ def main() -> None:
 
         prepare_jax()
         what, settings = json.loads(options.child)
-        print(json.dumps({"measure": measure, "floor": floor}[what](**settings)))
+        print(json.dumps({"measure": measure, "floor": floor, "l2o": l2o}[what](**settings)))
         return
     cores, count = os.cpu_count() or 1, {"meta_steps": options.meta_steps}
     report: dict[str, Any] = {"machine": f"{platform.machine()}, {cores} cores", "reference": REFERENCE}
@@ -256,7 +273,12 @@ def main() -> None:
             return [row for n in (1, 2) for row in rows([{"pairs": 16}], n)]
         if name == "velo":
             return rows([{"pairs": 2, "truncation": 10, "rule": "velo", "meta_steps": min(10, options.meta_steps)}], 1)
-        found = startup() if name == "startup" else child("floor", 1, "--xla_cpu_multi_thread_eigen=false", **count)
+        if name == "startup":
+            found = startup()
+        elif name == "l2o":
+            found = child("l2o", cores, **count)
+        else:
+            found = child("floor", 1, "--xla_cpu_multi_thread_eigen=false", **count)
         print(json.dumps(found, indent=1), flush=True)
         return found
 

@@ -204,7 +204,12 @@ def test_every_table_of_the_benchmark_has_its_place():
     floor |= {"flops": {"forward and backward": 647_168, "rule": 701_310}}
     floor |= {"floor_us": {"forward and backward": 12.9, "rule": 14.0}}
     report = {"machine": "a machine", "reference": 2700.0, "speed": [row], "devices": [row, row], "velo": [row]}
-    report |= {"scaling": {"pairs": [row], "params": [row]}, "startup": {"cold": 12.0, "warm": 5.0}, "floor": floor}
+    report |= {
+        "scaling": {"pairs": [row], "params": [row]},
+        "startup": {"cold": 12.0, "warm": 5.0},
+        "floor": floor,
+        "l2o": row,
+    }
     assert set(tables.TABLES) <= set(report)
     pages = [(ROOT / page).read_text() for page in tables.PAGES]
     filled = [tables.fill(page, report) for page in pages]
