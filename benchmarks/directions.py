@@ -1,12 +1,13 @@
 """Which direction, set by hand and of which length, a learned rule should start from: validation losses.
 
-    python benchmarks/directions.py [--tasks mlp,gru] [--seeds 2]
+    python benchmarks/directions.py [--tasks mlp,gru] [--seeds 2] [--directions lengths]
 
-The rule `tiny` with its network at 0 and one input passed on (m or m·rsqrt(v), decays .9 or .99), orthogonalised or
-not, at relative step sizes that are the same for all tasks; beside it AdamW over learning rates (no weight decay). All
-with the cosine schedule. Tasks like those of `mini` on data that is not held out. Prints a table in Markdown: of each
-direction the mean final validation loss over seeds at each step, over AdamW's at its best rate of each task. About
-fifteen minutes on two cores.
+The rule `tiny` with its networks at 0 and some inputs passed on, at relative step sizes that are the same for all
+tasks; beside it AdamW over learning rates (no weight decay). All with the cosine schedule. `--directions plain`: one
+input, m or m·rsqrt(v), decays .9 or .99, orthogonalised or not. `--directions lengths`: m + m·rsqrt(v) orthogonalised,
+and then one after the other some gradient, a least size of matrices by their fan-in and .2 of vectors, and decay. Tasks
+like those of `mini` on data that is not held out. Prints a table in Markdown: of each direction the mean final
+validation loss over seeds at each step, over AdamW's at its best rate of each task. About fifteen minutes on two cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ import numpy as np
 import optax
 
 import tasks
-from lopt.rules.tiny import HAND_SET, MOMENTUM, tiny
+from lopt.rules import tiny as tiny_rule
+from lopt.rules.tiny import GRADIENTS, HAND_SET, MOMENTUM
 from meta_test import runs
 
 TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -32,21 +35,33 @@ TASKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gru": ("rnn_lm", {"data": "kjv", "width": 32, "embedding": 16, "length": 16, "batch_size": 16}, 400),
     "transformer": ("transformer_lm", {"data": "kjv", "depth": 1, "width": 32, "length": 16, "batch_size": 16}, 400),
 }
-DIRECTIONS = {  # name -> orthogonalised, which input of the rule is passed on
-    "m·rsqrt(v), .9": (False, HAND_SET),
-    "orthogonal m·rsqrt(v), .9": (True, HAND_SET),
-    "orthogonal m, .9": (True, MOMENTUM),
-    "orthogonal m, .99": (True, MOMENTUM + 1),
+BOTH = {HAND_SET: 1.0, MOMENTUM: 1.0}
+NESTEROV = {**BOTH, **dict.fromkeys(GRADIENTS, tiny_rule.NESTEROV)}
+SIZED = {"fan_in": 1.0, "min_rms": 0.2, "pace": 1}  # decay needs a pace, which is 0 here
+DIRECTIONS: dict[str, dict[str, tuple[dict[str, Any], dict[int, float]]]] = {  # name -> settings, inputs passed on
+    "plain": {
+        "m·rsqrt(v), .9": ({}, {HAND_SET: 1.0}),
+        "orthogonal m·rsqrt(v), .9": ({"newton_schulz": True}, {HAND_SET: 1.0}),
+        "orthogonal m, .9": ({"newton_schulz": True}, {MOMENTUM: 1.0}),
+        "orthogonal m, .99": ({"newton_schulz": True}, {MOMENTUM + 1: 1.0}),
+    },
+    "lengths": {
+        "orthogonal m + m·rsqrt(v)": ({"newton_schulz": True}, BOTH),
+        "… with some gradient": ({"newton_schulz": True}, NESTEROV),
+        "… and least sizes": ({"newton_schulz": True, **SIZED}, NESTEROV),
+        "… and decay .1": ({"newton_schulz": True, **SIZED, "decay": 0.1}, NESTEROV),
+        "… and decay .2": ({"newton_schulz": True, **SIZED, "decay": 0.2}, NESTEROV),
+    },
 }
-STEPS = 10 ** np.linspace(-2.75, -1, 8)  # of a tensor, over its own root mean square
+STEPS = 10 ** np.linspace(-2.75, -1, 8)  # of a tensor, over its own size
 RATES = 10 ** np.linspace(-3, -1, 9)  # of AdamW
 
 
-def by_hand(orthogonal: bool, input_: int, num_steps: int) -> runs.Contender:
-    """The rule with a network of zeros and one input passed on."""
-    rule = tiny(newton_schulz=orthogonal, step_mult=1.0)
+def by_hand(settings: Mapping[str, Any], passed: Mapping[int, float], num_steps: int) -> runs.Contender:
+    """The rule with networks of zeros and some inputs passed on."""
+    rule = tiny_rule.tiny(**settings, step_mult=1.0)
     zeros = jax.tree.map(jnp.zeros_like, rule.init_theta(jax.random.key(0)))
-    theta = zeros._replace(skip=zeros.skip.at[input_].set(1.0))
+    theta = zeros._replace(skip=zeros.skip.at[jnp.array(list(passed))].set(jnp.array(list(passed.values()))))
 
     def make(theta: Any, size: Any) -> optax.GradientTransformation:
         return rule.bind(theta._replace(log_step=jnp.log(size)), num_steps=num_steps)
@@ -76,17 +91,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--directions", choices=DIRECTIONS, default="plain")
     args = parser.parse_args()
     print("| task | direction | " + " | ".join(f"{x:.3f}" for x in STEPS) + " |")
     print("|---|---|" + "--:|" * len(STEPS))
     for name in args.tasks.split(","):
-        family, settings, num_steps = TASKS[name]
-        task = tasks.make(family, **settings)
+        family, given, num_steps = TASKS[name]
+        task = tasks.make(family, **given)
         found = losses(adamw(num_steps), task, RATES, num_steps, args.seeds)
         best = found.min()
         print(f"| {name} | AdamW: {best:.4f} at {RATES[found.argmin()]:.3f} |" + " |" * len(STEPS), flush=True)
-        for direction, (orthogonal, input_) in DIRECTIONS.items():
-            ratio = losses(by_hand(orthogonal, input_, num_steps), task, STEPS, num_steps, args.seeds) / best
+        for direction, (settings, passed) in DIRECTIONS[args.directions].items():
+            ratio = losses(by_hand(settings, passed, num_steps), task, STEPS, num_steps, args.seeds) / best
             print(f"| | {direction} | " + " | ".join(f"{x:.2f}" if x < 10 else ">10" for x in ratio) + " |", flush=True)
             jax.clear_caches()
     print(f"{args.seeds} seeds, JAX {jax.__version__}", file=sys.stderr)

@@ -94,6 +94,11 @@ class Tensor(NamedTuple):
         before = self.change
         return self._replace(change=lambda g: change(before(g)))
 
+    def decayed(self, decay: Any) -> Tensor:
+        """With a decay of the parameter more, () of lr times schedule."""
+        before = self.step.decay
+        return self._replace(step=self.step._replace(decay=decay if before is None else before + decay))
+
     def keep(self, new: Any, old: Any) -> Any:
         """A new state, or the old one where the gradient is not ok."""
         ok = self.given.ok

@@ -492,6 +492,9 @@ class Tiny(Rule):
     min_rms: float = 0.02
     clip: float = 5.0
     newton_schulz: bool = False
+    pace_gain: float = 1.0
+    decay: float = 0.0
+    fan_in: float = 0.0
     schedule: str = "cosine"
 
     def __post_init__(self):
@@ -519,12 +522,17 @@ class Tiny(Rule):
         fraction = min(self.t / self.num_steps, 1)
         return self.lr * (0.5 * (1 + np.cos(np.pi * fraction)) if self.schedule == "cosine" else 1.0)
 
-    def pace(self, a: Averages, p) -> float:
+    def pace(self, a: Averages, p) -> np.ndarray:
+        """[1 or 2] Added to log_step, and to the logarithm of decay."""
         sizes = [np.sqrt(mean_square(m * rsqrt(a.v + 1e-16)) + 1e-12) for m in a.m] + [np.sqrt(mean_square(p))]
         logs = [np.log(max(x, 1e-3)) / 3 for x in sizes]
         x = np.array([min(self.t / self.num_steps, 1), np.log1p(self.t) / 7, *logs, float(p.ndim == 1)])
         (w, b), (out, shift) = self.theta.pace
-        return (np.tanh(x @ w + b) @ out + shift)[0]
+        return self.pace_gain * (np.tanh(x @ w + b) @ out + shift)
+
+    def least(self, p) -> float:
+        """The least root mean square that p is taken to have."""
+        return self.fan_in / np.sqrt(p.size / p.shape[-1]) if self.fan_in and p.ndim > 1 else self.min_rms
 
     def update(self, k, g, p):
         averages = self.averages(k, p)
@@ -536,11 +544,14 @@ class Tiny(Rule):
         if self.newton_schulz and g.ndim > 1:
             direction = newton_schulz(direction)
         direction = normalised([direction], 1e-12)[0]
-        log_step = self.theta.log_step
+        log_step, log_decay = self.theta.log_step, ()
         if self.theta.pace:
-            log_step = log_step + self.pace(self.corrected(averages), p)
-        size = self.step_mult * np.exp(log_step) * max(np.sqrt(mean_square(p)), self.min_rms)
-        return -self.rate() * (size * direction + self.weight_decay * p)
+            more, *log_decay = self.pace(self.corrected(averages), p)
+            log_step = log_step + more
+        share = self.step_mult * np.exp(log_step)
+        size = share * max(np.sqrt(mean_square(p)), self.least(p))
+        shrink = share * self.decay * np.exp(log_decay[0]) if self.decay and p.ndim > 1 else 0
+        return -self.rate() * (size * direction + (shrink + self.weight_decay) * p)
 
 
 @dataclass(kw_only=True)

@@ -123,6 +123,12 @@ CASES = {
     ),
     "tiny, paced": Case("tiny", dict(hidden=4, pace=8), dict(num_steps=100), "mat vec s"),
     "tiny, orthogonal": Case("tiny", dict(hidden=4, newton_schulz=True), dict(num_steps=100), "mat vec r5"),
+    "tiny, decayed": Case(
+        "tiny",
+        dict(hidden=4, pace=8, pace_gain=3.0, decay=0.3, fan_in=1.5, min_rms=0.4),
+        dict(num_steps=100, weight_decay=0.1),
+        "mat vec r5",
+    ),
     "nn_adam, LSTM": Case("nn_adam", dict(lstm_hidden=8, lr0=0.01), dict(lr=0.5, weight_decay=0.1)),
 }
 
@@ -349,7 +355,7 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "tiny: no bias correction": ("tiny", Patch(R.Tiny, "corrected", lambda f: lambda self, averages: averages)),
     "tiny: step_mult of its default": ("tiny, clipped", dict(step_mult=0.03)),
     "tiny: min_rms ignored": ("tiny, clipped", dict(min_rms=0.0)),
-    "tiny: not paced": ("tiny, paced", Patch(R.Tiny, "pace", lambda f: lambda self, averages, p: 0.0)),
+    "tiny: not paced": ("tiny, paced", Patch(R.Tiny, "pace", lambda f: lambda self, averages, p: np.zeros(1))),
     "tiny: paced by raw averages": (
         "tiny, paced",
         Patch(R.Tiny, "corrected", lambda f: lambda self, averages: averages),
@@ -358,6 +364,14 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
         "tiny, paced",
         Patch(R.Tiny, "pace", lambda f: lambda self, a, p: f(self, a, p[None])),
     ),
+    "tiny: pace without gain": ("tiny, decayed", dict(pace_gain=1.0)),
+    "tiny: decay as at first": (
+        "tiny, decayed",
+        Patch(R.Tiny, "pace", lambda f: lambda self, a, p: f(self, a, p) * (1, 0)),
+    ),
+    "tiny: no decay": ("tiny, decayed", dict(decay=0.0)),
+    "tiny: min_rms for matrices": ("tiny, decayed", dict(fan_in=0.0)),
+    "tiny: fan out": ("tiny, decayed", Patch(R.Tiny, "least", lambda f: lambda self, p: f(self, p.T))),
     "tiny: no Newton-Schulz": ("tiny, orthogonal", dict(newton_schulz=False)),
     "tiny: Newton-Schulz regardless": ("tiny", dict(newton_schulz=True)),
     "tiny: clip of its default": ("tiny, clipped", dict(clip=5.0)),

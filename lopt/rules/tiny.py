@@ -12,6 +12,7 @@ length no longer tells.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ INPUTS = 17  # per element; t/T and log t are added
 SIGNALS = slice(6, 9)  # the inputs m·rsqrt(v)
 HAND_SET = 6  # that of decay .9
 MOMENTUM = 0  # of decay .9
+GRADIENTS = (3, 14)  # the inputs g and g·rsqrt(v)
+NESTEROV = 0.3  # of the gradient beside the momentum of decay .9, both of length 1
 PACE_INPUTS = 7  # of a tensor
 SMALLEST = 1e-3  # of what has a logarithm taken
 
@@ -34,7 +37,7 @@ class Theta(NamedTuple):
     mlp: tuple[F.Layer, ...]
     skip: jax.Array  # [19] the direction's linear part; starts at momentum .9 times rsqrt(v), see newton_schulz
     log_step: jax.Array  # () natural logarithm of a factor of step_mult; starts at 0
-    pace: tuple[F.Layer, ...] = ()  # adds to log_step; starts near 0
+    pace: tuple[F.Layer, ...] = ()  # adds to log_step, and to the logarithm of `decay`; starts near 0
 
 
 def condition(signals: jax.Array, rms: jax.Array, rank: int, told: Any) -> jax.Array:
@@ -51,10 +54,10 @@ def condition(signals: jax.Array, rms: jax.Array, rank: int, told: Any) -> jax.A
     return jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7, *low, jnp.float32(rank == 1)])
 
 
-def length(layers: tuple[F.Layer, ...], x: jax.Array) -> jax.Array:
-    """What `pace` adds to log_step, () of [PACE_INPUTS]."""
+def paced(layers: tuple[F.Layer, ...], x: jax.Array) -> jax.Array:
+    """What `pace` says before its gain, [1 or 2] of [PACE_INPUTS]."""
     hidden, last = layers
-    return (jnp.tanh(x @ hidden.w + hidden.b) @ last.w + last.b)[0]
+    return jnp.tanh(x @ hidden.w + hidden.b) @ last.w + last.b
 
 
 def inputs(
@@ -91,6 +94,9 @@ def tiny(
     momenta: tuple[float, ...] = (0.9, 0.99, 0.999),
     second_moment: float = 0.98,
     newton_schulz: bool = False,
+    pace_gain: float = 1.0,
+    decay: float = 0.0,
+    fan_in: float = 0.0,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -103,7 +109,15 @@ def tiny(
       momenta: decays of the three momenta.
       second_moment: decay of the second moment, the full and the factored one.
       newton_schulz: orthogonalise the direction of tensors of rank >= 2 over their last two axes. What it starts at
-        is then the sum of the momentum of decay .9 and that times rsqrt(v), each of length 1.
+        is then the sum of the momentum of decay .9 and that times rsqrt(v), each of length 1 and with some of the
+        gradient added, as in Nesterov's momentum.
+      pace_gain: of what `pace` says. With 10 a perturbation of .01 of the network's weights changes a length by some
+        ten per cent, as much as matters.
+      decay: of tensors of rank >= 2 without the label "no_decay", in units of their step: they shrink by decay ·
+        step_mult · exp(log_step) · schedule(t/T) of themselves. `pace` then has a second output, of its logarithm. 0:
+        none.
+      fan_in: tensors of rank >= 2 are taken to have a root mean square of fan_in/sqrt(n) at least, not min_rms, n the
+        product of all axes but the last, of which there are inputs to a unit where matrices are [in, out]. 0: min_rms.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -112,20 +126,26 @@ def tiny(
     """
     if not isinstance(pace, int) or pace < 0:
         raise ValueError(f"tiny: pace, got {pace}; valid: an integer >= 0.")
-    positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip)
+    positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip, pace_gain=pace_gain)
+    for key, value in (("decay", decay), ("fan_in", fan_in)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"tiny: {key}, got {value!r}; valid: a number >= 0.")
+    if decay and not pace:
+        raise ValueError(f"tiny: decay, got {decay!r} with pace=0; valid: 0, or with a pace, which learns it.")
     decays = F.decays("tiny", momenta, second_moment, (second_moment,) * 3)._replace(factored=(second_moment,))
 
     def init_theta(key: jax.Array) -> Theta:
         *layers, last = F.init_mlp(key, (INPUTS + 2, hidden, hidden, 1))
         # The hand-set direction alone at first: meta-training starts from an optimizer that works.
         mlp = (*layers, last._replace(w=0.1 * last.w))
-        start = (HAND_SET, MOMENTUM) if newton_schulz else (HAND_SET,)
-        skip = jnp.zeros(INPUTS + 2, jnp.float32).at[jnp.array(start)].set(1.0)
+        skip = jnp.zeros(INPUTS + 2, jnp.float32).at[HAND_SET].set(1.0)
+        if newton_schulz:
+            skip = skip.at[MOMENTUM].set(1.0).at[jnp.array(GRADIENTS)].set(NESTEROV)
         log_step = jnp.zeros((), jnp.float32)
         if not pace:
             return Theta(mlp, skip, log_step)
-        *layers, last = F.init_mlp(jax.random.fold_in(key, 1), (PACE_INPUTS, pace, 1))
-        return Theta(mlp, skip, log_step, (*layers, last._replace(w=0.1 * last.w)))
+        *layers, last = F.init_mlp(jax.random.fold_in(key, 1), (PACE_INPUTS, pace, 2 if decay else 1))
+        return Theta(mlp, skip, log_step, (*layers, last._replace(w=0.1 / pace_gain * last.w)))
 
     def init_leaf(leaf, p):
         acc = F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
@@ -152,12 +172,17 @@ def tiny(
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
             rms = F.safe_sqrt(tensor.mean_square())
-            log_step = theta.log_step
+            shape, log_step = tensor.leaf.shape, theta.log_step
             if pace:
                 signals = 1 / scales[SIGNALS].reshape(-1)
-                log_step += length(theta.pace, condition(signals, rms, len(tensor.leaf.shape), told))
-            size = step_mult * jnp.exp(log_step) * jnp.maximum(rms, min_rms)
-            matrices = F.orthogonalize if newton_schulz and len(tensor.leaf.shape) >= 2 else None
+                said = pace_gain * paced(theta.pace, condition(signals, rms, len(shape), told))
+                log_step += said[0]
+            share = step_mult * jnp.exp(log_step)
+            if decay and len(shape) >= 2 and "no_decay" not in tensor.leaf.labels:
+                tensor = tensor.decayed(share * decay * jnp.exp(said[1]))
+            least = fan_in / math.sqrt(math.prod(shape[:-1])) if fan_in and len(shape) >= 2 else min_rms
+            size = share * jnp.maximum(rms, least)
+            matrices = F.orthogonalize if newton_schulz and len(shape) >= 2 else None
             scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
             return F.move(tensor, direction, rows, scaled)
 
@@ -172,5 +197,8 @@ def tiny(
         momenta=decays.m,
         second_moment=second_moment,
         newton_schulz=newton_schulz,
+        pace_gain=pace_gain,
+        decay=decay,
+        fan_in=fan_in,
     )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine")
