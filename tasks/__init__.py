@@ -17,6 +17,7 @@ from typing import Any
 from tasks import space
 from tasks.base import SPLITS, Source, Split, Task
 from tasks.data import PREFIX, resolve
+from tasks.faults import is_ours, said
 from tasks.held_out import DEV, HELD_OUT, Reserved
 
 REGISTRY: dict[str, str] = {
@@ -96,13 +97,7 @@ def make(family: str, **settings) -> Task:
     settings = pin(family, settings)
     wrappers = settings.pop("augment", ())
     _complete(family, factory, settings)
-    task = factory(**settings)
-    if ":" in family:
-        if not isinstance(task, Task):
-            raise ValueError(f"tasks.make: {family} returned a {type(task).__name__}; valid: a tasks.Task.")
-        from tasks.checks import check
-
-        check(task)
+    task = _called(family, factory, settings) if ":" in family else factory(**settings)
     if "?rows=" in str(settings.get("data", "")):
         task = task._replace(window=lambda i: factory(**settings | {"data": _window(settings["data"], i)}).data)
     if wrappers:
@@ -110,6 +105,22 @@ def make(family: str, **settings) -> Task:
 
         task = wrap(task, wrappers)
     return task._replace(family=task.family or family)
+
+
+def _called(family: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> Task:
+    """The task of a user's factory, checked."""
+    from tasks.checks import check
+
+    try:
+        task = factory(**settings)
+    except Exception as error:  # whatever a user's factory raises
+        if isinstance(error, ValueError) and is_ours(error):
+            raise
+        raise ValueError(f"tasks.make: {family} raised {said(error)}.") from error
+    if not isinstance(task, Task):
+        raise ValueError(f"tasks.make: {family} returned a {type(task).__name__}; valid: a tasks.Task.")
+    check(task)
+    return task
 
 
 def _complete(family: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> None:
@@ -184,6 +195,10 @@ def _own(spec: str) -> Callable[..., Any]:
     held, factory = imported(spec, "tasks.make")
     if not callable(factory):
         module, _, name = spec.partition(":")
+        if factory is not None:
+            raise ValueError(
+                f"tasks.make: {spec} is a {type(factory).__name__}; valid: a function that returns a Task."
+            )
         near = [n for n in vars(held) if callable(getattr(held, n)) and not n.startswith("_")]
         raise ValueError(f"tasks.make: {spec}: {module} has no function {name!r}; valid: {', '.join(near) or 'none'}.")
     return factory
@@ -201,9 +216,7 @@ def imported(spec: str, where: str) -> tuple[types.ModuleType, Any]:
     try:
         held = importlib.import_module(module)
     except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"{where}: {spec}: {type(error).__name__}: {error}; valid: package.module:function."
-        ) from error
+        raise ValueError(f"{where}: {spec}: {said(error)}; valid: package.module:function.") from error
     return held, getattr(held, name, None)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tasks import held_out
+from tasks import checks, held_out
 from tasks.base import SPLITS, Source, Split, Task
 from tasks.data import Dataset, sha256
 from tasks.supervised import MAX_EVAL_BATCH, MAX_EVAL_ROWS, require_positive
@@ -74,8 +74,9 @@ def from_functions(
     params = _traced(name, "init", init, jax.random.key(0))
     drawn = jax.eval_shape(lambda held: batch(jax.random.key(0), (), held, "train"), arrays)
     value = _traced(name, "loss", loss, params, jax.random.key(0), drawn)
-    if jnp.shape(value):
-        raise ValueError(f"tasks: the loss of {name} is of shape {list(value.shape)}; valid: a scalar, e.g. the mean.")
+    if getattr(value, "shape", None) != ():
+        got = checks.layout(value)
+        raise ValueError(f"tasks: the loss of {name} has {got}; valid: one scalar, e.g. the mean, others in metrics.")
     if metrics is not None:
         _traced(name, "metrics", metrics, params, jax.random.key(0), drawn)
     return Task(
@@ -104,7 +105,7 @@ def from_linen(
     """A flax Linen module: `loss(module(x), y)` on minibatches (x, y).
 
     Args:
-      module: is called with x and `call`; a dropout in it gets a key.
+      module: is called with x and `call`; a dropout in it gets a key, and so does whatever else draws.
       loss: `(outputs, y) -> scalar`.
       data: rows (x, y), see above.
       batch_size: rows of a minibatch.
@@ -119,13 +120,14 @@ def from_linen(
 
     def variables(key: PRNGKeyArray) -> Any:
         params_key, dropout_key = jax.random.split(key)
-        return module.init({"params": params_key, "dropout": dropout_key}, jnp.asarray(example), **call)
+        return module.init({"params": params_key, "dropout": dropout_key}, example, **call)
 
     state = sorted(set(_traced(name, "init", variables, jax.random.key(0))) - {"params"})
     _refuse_state("from_linen", name, state)
 
     def apply(params: Any, key: PRNGKeyArray, x: Any) -> Any:
-        return module.apply({"params": params}, x, rngs={"dropout": key}, **call)
+        # Streams of other names draw from that of the params.
+        return module.apply({"params": params}, x, rngs={"dropout": key, "params": jax.random.fold_in(key, 0)}, **call)
 
     return _supervised(lambda key: variables(key)["params"], apply, loss, data, batch_size, metrics, name)
 
@@ -143,7 +145,8 @@ def from_nnx(
     """A flax NNX module: `loss(make(rngs)(x), y)` on minibatches (x, y).
 
     Args:
-      make: `nnx.Rngs -> module`, e.g. `lambda rngs: MLP(784, 10, rngs=rngs)`; its streams serve dropout too.
+      make: `nnx.Rngs -> module`, e.g. `lambda rngs: MLP(784, 10, rngs=rngs)`; its streams serve dropout too. Arrays
+        that are attributes of the module (a table of positions) are constants, those of one call for all inits.
       loss, data, batch_size, metrics, call: as in `from_linen`.
       name: default: the module's class.
 
@@ -152,20 +155,27 @@ def from_nnx(
     """
     from flax import nnx
 
+    if isinstance(make, nnx.Module):
+        got = type(make).__name__
+        raise ValueError(f"tasks.from_nnx: make, got a {got}; valid: a function of nnx.Rngs that returns one.")
     _example(name or "from_nnx", data)  # the rows are pairs
-    model = _traced_model(name or "from_nnx", make)
+    build = lambda: make(nnx.Rngs(0))  # noqa: E731
+    model = checks.guard(f"tasks: the init of {name or 'from_nnx'}", nnx.eval_shape, build)
+    if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for _, x in nnx.iter_graph(model)):
+        model = build()  # it has arrays of its own, of which a trace does not have the values
     name = name or type(model).__name__
     graph, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
-    variables = jax.tree.leaves(rest, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    kinds = sorted({type(variable).__name__ for variable in variables})
+    held = jax.tree.leaves(rest, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    kinds = sorted({type(one).__name__ for one in held if isinstance(one, nnx.Variable)})
     _refuse_state("from_nnx", name, kinds)
+    treedef = jax.tree.structure(params)
 
     def init(key: PRNGKeyArray) -> Any:
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
-    def apply(held: Any, key: PRNGKeyArray, x: Any) -> Any:
+    def apply(params: Any, key: PRNGKeyArray, x: Any) -> Any:
         # Both are sorted by name. To call `make` again would compile its initialisers into every step.
-        weights = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(held))
+        weights = jax.tree.unflatten(treedef, jax.tree.leaves(params))
         numbers = iter(range(len(jax.tree.leaves(streams))))
 
         def fresh(leaf: Any) -> Any:
@@ -174,7 +184,7 @@ def from_nnx(
                 return jax.random.fold_in(key, number)
             return jnp.zeros(leaf.shape, leaf.dtype)  # draws so far
 
-        return nnx.merge(graph, weights, jax.tree.map(fresh, streams))(x, **call)
+        return nnx.merge(graph, weights, jax.tree.map(fresh, streams), rest)(x, **call)
 
     return _supervised(init, apply, loss, data, batch_size, metrics, name)
 
@@ -201,10 +211,13 @@ def from_haiku(
     import haiku as hk
 
     name = name or getattr(forward, "__name__", "from_haiku")
+    if not callable(forward):  # two functions by now
+        got = type(forward).__name__
+        raise ValueError(f"tasks.from_haiku: forward, got a {got}; valid: the function that hk.transform would take.")
     example, model = _example(name, data), hk.transform_with_state(forward)
 
     def both(key: PRNGKeyArray) -> Any:
-        return model.init(key, jnp.asarray(example), **call)
+        return model.init(key, example, **call)
 
     _, state = _traced(name, "init", both, jax.random.key(0))
     _refuse_state("from_haiku", name, sorted(state))
@@ -244,21 +257,7 @@ def _refuse_state(where: str, name: str, kinds: list[str]) -> None:
 
 def _traced(name: str, what: str, function: Callable[..., Any], *given: Any) -> Any:
     """The shapes of what a function returns. Raises ValueError in one line for whatever it raises."""
-    try:
-        return jax.eval_shape(function, *given)
-    except Exception as error:  # whatever a user's model raises
-        line = " ".join(str(error).split())[:240]
-        raise ValueError(f"tasks: the {what} of {name} raised {type(error).__name__}: {line}") from error
-
-
-def _traced_model(name: str, make: Callable[[Any], Any]) -> Any:
-    from flax import nnx
-
-    try:
-        return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    except Exception as error:  # whatever a user's model raises
-        line = " ".join(str(error).split())[:240]
-        raise ValueError(f"tasks: the init of {name} raised {type(error).__name__}: {line}") from error
+    return checks.guard(f"tasks: the {what} of {name}", jax.eval_shape, function, *given)
 
 
 def _example(name: str, data: Data) -> Any:
@@ -267,7 +266,7 @@ def _example(name: str, data: Data) -> Any:
     if not isinstance(rows, tuple | list) or len(rows) != 2:
         got = type(rows).__name__
         raise ValueError(f"tasks: {name}: data, got rows of a {got}; valid: pairs (x, y), or a Dataset.")
-    return jax.tree.map(lambda x: x[:1], rows[0])
+    return jax.tree.map(lambda x: jnp.asarray(x[:1]), rows[0])
 
 
 def _rows(name: str, data: Data) -> tuple[Rows, dict[Split, tuple[int, int]], tuple[Source, ...]]:
@@ -295,6 +294,9 @@ def _parts(name: str, data: Any) -> list[Rows]:
         if len(lengths) != 1 or not all(lengths) or 0 in next(iter(lengths)):
             got = sorted(lengths)
             raise ValueError(f"tasks: {name}: data, got {split} rows of {got}; valid: one number, at least 1.")
+    kinds = {str(leaf.dtype) for part in parts for leaf in jax.tree.leaves(part) if leaf.dtype.kind not in "biufV"}
+    if kinds:
+        raise ValueError(f"tasks: {name}: data, got arrays of {', '.join(sorted(kinds))}; valid: numbers.")
     layouts = [jax.tree.map(lambda x: (x.shape[1:], x.dtype), part) for part in parts]
     if any(layout != layouts[0] for layout in layouts):
         raise ValueError(f"tasks: {name}: data, got splits of different layouts {layouts}; valid: equal ones.")

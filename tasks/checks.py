@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tasks.base import SPLITS, Task
+from tasks.faults import place, said
 
 ARGUMENTS = {
     "sample": ("key",),
@@ -28,7 +29,7 @@ MAX_CONSTANTS = 2**16  # numbers in a traced program that are not its arguments
 STATE = ("batch_stats", "cache", "intermediates")  # collections of flax that training changes
 
 
-class _WrongError(Exception):
+class WrongError(ValueError):
     """What is wrong, where nothing that comes later can be judged."""
 
 
@@ -54,7 +55,7 @@ def problems(task: Task) -> list[str]:
     try:
         for phrase in _phrases(task):
             found.append(phrase)
-    except _WrongError as error:
+    except WrongError as error:
         found.append(str(error))
     return found
 
@@ -74,12 +75,12 @@ def _phrases(task: Task) -> Iterator[str]:
     yield from _params(params)
     batches = {split: _shapes("batch", task.batch, key, phi, task.data, split) for split in SPLITS}
     for split in SPLITS[1:]:
-        if _layout(_rows(batches[split])) != _layout(_rows(batches["train"])):
-            wanted = _layout(batches["train"])
-            yield f"batch: the {split} split has {_layout(batches[split])}; valid: rows of {wanted}, as train"
+        if layout(_rows(batches[split])) != layout(_rows(batches["train"])):
+            wanted = layout(batches["train"])
+            yield f"batch: the {split} split has {layout(batches[split])}; valid: rows of {wanted}, as train"
     loss = _shapes("loss", task.loss, params, key, phi, batches["train"])
     if not _is_scalar(loss):
-        yield f"loss has {_layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
+        yield f"loss has {layout(loss)}; valid: a floating scalar of shape (), e.g. its mean over the batch"
         return
     yield from _optional(task, params, key, phi, batches["train"])
     # Of others there is no gradient, which JAX would say once more, in its own words.
@@ -118,7 +119,7 @@ def _signatures(task: Task) -> Iterator[str]:
 def _params(params: Any) -> Iterator[str]:
     leaves = jax.tree.leaves_with_path(params)
     if not leaves:
-        raise _WrongError("init returns no params; valid: a pytree with at least one array")
+        raise WrongError("init returns no params; valid: a pytree with at least one array")
     keys = {str(getattr(part, "key", getattr(part, "name", ""))) for path, _ in leaves for part in path}
     state = sorted(keys & set(STATE))
     if state:
@@ -136,24 +137,24 @@ def _optional(task: Task, params: Any, key: Any, phi: Any, batch: Any) -> Iterat
     if task.metrics is not None:
         found = _shapes("metrics", task.metrics, params, key, phi, batch)
         if not isinstance(found, dict) or not all(getattr(leaf, "shape", None) == () for leaf in found.values()):
-            yield f"metrics has {_layout(found)}; valid: a dict of scalars"
+            yield f"metrics has {layout(found)}; valid: a dict of scalars"
     if task.eval_batches is not None:
         for split in SPLITS:
             held = _shapes("eval_batches", task.eval_batches, phi, task.data, split)
             counts = {leaf.shape[:1] for leaf in jax.tree.leaves(held)}
             if len(counts) > 1 or () in counts:
-                yield f"eval_batches: {split} has {_layout(held)}; valid: a leading axis of batches on each leaf"
+                yield f"eval_batches: {split} has {layout(held)}; valid: a leading axis of batches on each leaf"
                 return
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), held)
             loss = _shapes(f"loss of eval_batches ({split})", task.loss, params, key, phi, one)
             if not _is_scalar(loss):
-                yield f"loss of eval_batches ({split}) has {_layout(loss)}; valid: a scalar of shape ()"
+                yield f"loss of eval_batches ({split}) has {layout(loss)}; valid: a scalar of shape ()"
     if task.value_and_grad is not None:
         found = _shapes("value_and_grad", task.value_and_grad, params, key, phi, batch)
         if not isinstance(found, tuple) or len(found) != 2 or not _is_scalar(found[0]):
-            yield f"value_and_grad has {_layout(found)}; valid: (scalar, gradient like params)"
-        elif _layout(found[1]) != _layout(params):
-            yield f"value_and_grad's gradient has {_layout(found[1])}; valid: that of params, {_layout(params)}"
+            yield f"value_and_grad has {layout(found)}; valid: (scalar, gradient like params)"
+        elif layout(found[1]) != layout(params):
+            yield f"value_and_grad's gradient has {layout(found[1])}; valid: that of params, {layout(params)}"
 
 
 def _values(task: Task) -> Iterator[str]:
@@ -169,7 +170,7 @@ def _values(task: Task) -> Iterator[str]:
     keys = jax.random.split(jax.random.key(0), 2)
     # Jitted functions are traced once a setting of JAX's; these are two names of one.
     with jax.default_matmul_precision("float32"):
-        traced = _guard("its step", jax.make_jaxpr(step), keys[0], task.data)
+        traced = guard("its step", jax.make_jaxpr(step), keys[0], task.data)
     with jax.default_matmul_precision("highest"):
         again = jax.make_jaxpr(lambda *given: step(*given))(keys[0], task.data)  # a new function is traced anew
     baked = sum(math.prod(np.shape(constant)) for constant in _constants(traced))
@@ -183,7 +184,7 @@ def _values(task: Task) -> Iterator[str]:
     if not same:
         yield "the same key gives another result when traced again; valid: randomness from the key alone, no NumPy's"
     together = jax.jit(jax.vmap(step, in_axes=(0, None)))
-    first, second = (jax.device_get(_guard("its step under vmap", together, keys, task.data)) for _ in range(2))
+    first, second = (jax.device_get(guard("its step under vmap", together, keys, task.data)) for _ in range(2))
     close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True), first, second)
     if not jax.tree.all(close):
         yield "the same key gives another result when run again; valid: randomness from the key alone, no callback's"
@@ -220,30 +221,29 @@ def _shapes(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
         full = [a if fixed else next(rest) for a, fixed in zip(arguments, static, strict=True)]
         return function(*full)
 
-    return _guard(where, lambda *given: jax.eval_shape(call, *given), *arrays)
+    return guard(where, lambda *given: jax.eval_shape(call, *given), *arrays)
 
 
-def _guard(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns. Raises _WrongError in one line."""
+def guard(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns. Raises WrongError in one line that says in which line of the user's it went wrong."""
     try:
         return function(*arguments)
-    except jax.errors.TracerArrayConversionError:
-        raise _WrongError(f"{where} uses NumPy on what jit traces; valid: jax.numpy") from None
+    except jax.errors.TracerArrayConversionError as error:
+        raise WrongError(f"{where} uses NumPy on what jit traces{place(error)}; valid: jax.numpy") from error
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerBoolConversionError) as error:
         line = str(error).split("\n")[0][:160]
-        raise _WrongError(
-            f"{where} needs a number that jit does not know yet ({line}); valid: jnp.where, lax.cond"
-        ) from None
+        raise WrongError(
+            f"{where} needs a number that jit does not know yet{place(error)} ({line}); valid: jnp.where, lax.cond"
+        ) from error
     except Exception as error:  # whatever a user's function raises
-        line = " ".join(str(error).split())[:240]
-        raise _WrongError(f"{where} raised {type(error).__name__}: {line}") from error
+        raise WrongError(f"{where} raised {said(error)}") from error
 
 
 def _is_scalar(tree: Any) -> bool:
     return getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.floating)
 
 
-def _layout(tree: Any) -> str:
+def layout(tree: Any) -> str:
     """Shapes and dtypes, for messages and comparisons."""
     leaves = jax.tree.leaves_with_path(tree)
     words = []

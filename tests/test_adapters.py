@@ -252,6 +252,90 @@ def test_dropout_gets_the_key_of_the_loss(kind):
     assert losses[0] == losses[1] != losses[2]
 
 
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(3, kernel_init=UNIFORM)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_a_stream_of_another_name_gets_a_key_too():
+    """Another one than dropout's, and another each loss."""
+    task = tasks.from_linen(Noisy(), cross_entropy, WINE)
+    params, batch = task.init(jax.random.key(0), ()), task.batch(jax.random.key(1), (), task.data, "train")
+    losses = [float(task.loss(params, jax.random.key(seed), (), batch)) for seed in (2, 2, 3)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+class Table(nnx.Module):
+    """With arrays that are no variables."""
+
+    def __init__(self, rngs):
+        self.out = nnx.Linear(13, 3, kernel_init=UNIFORM, rngs=rngs)
+        self.scale, self.shift = 2.0 + jnp.arange(3.0), np.array([1.0, 0.0, 0.0], np.float32)
+
+    def __call__(self, x):
+        return self.out(x) * self.scale[None] + self.shift[None]
+
+
+def test_arrays_of_an_nnx_module_are_constants():
+    task = tasks.from_nnx(Table, cross_entropy, WINE)
+    assert tasks.check(task) is None
+    key = jax.random.key(3)
+    params, batch = task.init(key, ()), task.batch(key, (), task.data, "train")
+    assert set(params) == {"out"}
+    x, y = batch
+    logits = x @ params["out"]["kernel"] + params["out"]["bias"][None]
+    true = cross_entropy(logits * jnp.array([[2.0, 3.0, 4.0]]) + jnp.array([[1.0, 0.0, 0.0]]), y)
+    assert float(task.loss(params, key, (), batch)) == pytest.approx(float(true), rel=1e-5)
+    clothes = jnp.asarray(data.images("fashion10k", 8).x[:500])
+
+    class Seen(Table):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.clothes = clothes
+
+    assert held_out.touched(tasks.from_nnx(lambda rngs: Seen(rngs), cross_entropy, WINE)) == ["data fashion10k"]
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, kernel_init=UNIFORM)(x["a"]) + nn.Dense(3, kernel_init=UNIFORM)(x["b"])
+
+
+class BothNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Linear(n, 3, kernel_init=UNIFORM, rngs=rngs) for n in (4, 9))
+
+    def __call__(self, x):
+        return self.a(x["a"]) + self.b(x["b"])
+
+
+def test_inputs_may_be_several_arrays():
+    w_init = hk.initializers.RandomUniform(0.0, 0.5)
+    rows = {
+        split: ({"a": WINE.x[slice(*at), :4], "b": WINE.x[slice(*at), 4:]}, WINE.y[slice(*at)])
+        for split, at in WINE.splits.items()
+    }
+    several = (
+        tasks.from_linen(Both(), cross_entropy, rows),
+        tasks.from_nnx(BothNnx, cross_entropy, rows),
+        tasks.from_haiku(
+            lambda x: hk.Linear(3, w_init=w_init)(x["a"]) + hk.Linear(3, w_init=w_init)(x["b"]), cross_entropy, rows
+        ),
+    )
+    for task in several:
+
+        def begun(key, held, task=task):
+            params = task.init(key, ())
+            return params, task.loss(params, key, (), task.batch(key, (), held, "train"))
+
+        params, loss = jax.eval_shape(begun, jax.random.key(0), task.data)
+        assert sorted(leaf.shape for leaf in jax.tree.leaves(params)) == [(3,), (3,), (4, 3), (9, 3)]
+        assert loss.shape == ()
+
+
 def test_splits_of_ones_own_are_kept_apart():
     rows = {
         split: (np.full((count, 2), i, np.float32), np.full(count, i))
@@ -306,7 +390,31 @@ def mean_of(params, key, batch):
         ),
         (
             lambda: tasks.from_functions(scalar, lambda p, k, b: b[0], WINE, name="v"),
-            r"the loss of v is of shape \[64, 13\]",
+            r"the loss of v has shape float32\[64, 13\]; valid: one scalar",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, lambda p, k, b: (mean_of(p, k, b), {}), WINE, name="t"),
+            r"the loss of t has \{\[0\] float32\[\]\}; valid: one scalar, e.g. the mean, others in metrics",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, lambda p, k, b: None, WINE, name="z"),
+            "the loss of z has {}; valid: one",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, lambda p, k, b: np.mean(np.asarray(b[0])), WINE, name="u"),
+            r"the loss of u uses NumPy on what jit traces \(test_adapters.py:\d+\); valid: jax.numpy",
+        ),
+        (
+            lambda: tasks.from_functions(scalar, mean_of, dict.fromkeys(SPLITS, (np.array(["a"]), np.ones(1)))),
+            "data, got arrays of <U1; valid: numbers",
+        ),
+        (
+            lambda: tasks.from_nnx(Nnx(nnx.Rngs(0)), cross_entropy, WINE),
+            "from_nnx: make, got a Nnx; valid: a function of nnx.Rngs that returns one",
+        ),
+        (
+            lambda: tasks.from_haiku(hk.transform(haiku), cross_entropy, WINE),
+            "from_haiku: forward, got a Transformed; valid: the function that hk.transform would take",
         ),
         (
             lambda: tasks.from_functions(scalar, mean_of, WINE, metrics=lambda p, b: {}, name="m"),

@@ -94,12 +94,15 @@ def test_a_reduced_batch_passes():
         ({"loss": lambda p, phi, b: 0.0}, r"loss takes \(p, phi, b\); valid: \(params, key, phi, batch\)"),
         ({"loss": lambda p, k, phi, b: jnp.mean(b)}, "the gradient at init is zero everywhere"),
         ({"loss": lambda p, k, phi, b: jnp.sum(jnp.sqrt(0 * p["w"]))}, r"the gradient\['w'\] is not finite at init"),
-        ({"loss": lambda p, k, phi, b: np.mean(np.asarray(b))}, "loss uses NumPy on what jit traces; valid: jax.numpy"),
+        (
+            {"loss": lambda p, k, phi, b: np.mean(np.asarray(b))},
+            r"loss uses NumPy on what jit traces \(test_check.py:\d+\); valid: jax.numpy",
+        ),
         (
             {"loss": lambda p, k, phi, b: p["w"][0] if phi > 0 else phi},
-            "loss needs a number that jit does not know yet",
+            r"loss needs a number that jit does not know yet \(test_check.py:\d+\)",
         ),
-        ({"loss": lambda p, k, phi, b: p["v"]}, "loss raised KeyError: 'v'"),
+        ({"loss": lambda p, k, phi, b: p["v"]}, r"loss raised KeyError: 'v' \(test_check.py:\d+\)"),
         (
             {"loss": lambda params, batch, key, phi: jnp.mean((batch @ params["w"] - phi) ** 2)},
             r"loss takes \(params, batch, key, phi\), in another order; valid: \(params, key, phi, batch\)",
@@ -188,6 +191,15 @@ def needs(width, batch_size=8):
 def nothing():
     return 3
 
+def helper(rows):
+    return np.ones(rows) + np.ones(4)
+
+def raises():
+    return helper(3)
+
+def adapted():
+    return tasks.from_functions(lambda key: jnp.ones(13), lambda params, key, batch: (0.0, {}), table("wine"), name="a")
+
 shadow = "not a function"
 """
 
@@ -196,6 +208,7 @@ shadow = "not a function"
 def own(tmp_path, monkeypatch):
     """A folder with a module of a user's, which is the current directory."""
     (tmp_path / "users_tasks.py").write_text(OWN)
+    (tmp_path / "users_broken.py").write_text("import json\nx = undefined\n")
     (tmp_path / "json.py").write_text("raise RuntimeError('a file of the user shadows the library')")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
@@ -212,6 +225,18 @@ def test_own_families_are_made_by_module_and_function(own):
     assert sys.path[0] != str(own)
 
 
+def test_the_place_of_an_error_is_the_users_line(own):
+    """Not NumPy's, nor the library's, nor the factory's where a helper of its was at fault."""
+    with pytest.raises(ValueError, match="operands") as raised:
+        tasks.make("users_tasks:raises")
+    number = 1 + OWN.splitlines().index("    return np.ones(rows) + np.ones(4)")
+    assert f"(users_tasks.py:{number})" in str(raised.value)
+    assert isinstance(raised.value.__cause__, ValueError)  # with its traceback
+    (own / "users_text.py").write_text("import json\ndef family():\n    return json.loads('{')\n")
+    with pytest.raises(ValueError, match=r"JSONDecodeError: .* \(users_text.py:3\)"):
+        tasks.make("users_text:family")
+
+
 def test_the_task_of_the_documentation_works(own):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
     (code,) = (block for block in blocks if "def my_family" in block)
@@ -225,7 +250,14 @@ def test_the_task_of_the_documentation_works(own):
     [
         ("users_tasks:family", {"widht": 3}, "users_tasks:family has no setting 'widht'. Did you mean 'width'?"),
         ("users_tasks:famly", {}, "users_tasks has no function 'famly'; valid: .*family, "),
-        ("users_tasks:shadow", {}, "users_tasks has no function 'shadow'"),
+        ("users_tasks:shadow", {}, "users_tasks:shadow is a str; valid: a function that returns a Task"),
+        (
+            "users_tasks:raises",
+            {},
+            r"^tasks.make: users_tasks:raises raised ValueError: operands .* \(users_tasks.py:\d+\)\.$",
+        ),
+        ("users_tasks:adapted", {}, r"^tasks: the loss of a has \{.*\}; valid: one scalar"),  # which says enough
+        ("users_broken:family", {}, r"users_broken:family: NameError: .* \(users_broken.py:2\); valid: package"),
         ("users_taks:family", {}, "ModuleNotFoundError: No module named 'users_taks'; valid: package.module:function"),
         (
             "users_tasks:needs",

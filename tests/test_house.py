@@ -23,7 +23,7 @@ REGISTRIES = {
     "meta_train/estimators": ("meta_train.estimators", {"base", "unroll"}),
     "tasks": (
         "tasks",
-        {"__main__", "adapters", "augment", "base", "certified", "checks", "held_out", "language", "layers"}
+        {"__main__", "adapters", "augment", "base", "certified", "checks", "faults", "held_out", "language", "layers"}
         | {"space", "sparse", "supervised"},
     ),
 }
