@@ -294,7 +294,7 @@ def _parts(name: str, data: Any) -> list[Rows]:
         if len(lengths) != 1 or not all(lengths) or 0 in next(iter(lengths)):
             got = sorted(lengths)
             raise ValueError(f"tasks: {name}: data, got {split} rows of {got}; valid: one number, at least 1.")
-    kinds = {str(leaf.dtype) for part in parts for leaf in jax.tree.leaves(part) if leaf.dtype.kind not in "biufV"}
+    kinds = {str(leaf.dtype) for part in parts for leaf in jax.tree.leaves(part) if leaf.dtype.kind not in "biufcV"}
     if kinds:
         raise ValueError(f"tasks: {name}: data, got arrays of {', '.join(sorted(kinds))}; valid: numbers.")
     layouts = [jax.tree.map(lambda x: (x.shape[1:], x.dtype), part) for part in parts]

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lopt
@@ -421,7 +422,12 @@ def test_windows_of_a_text_are_recognised_by_content(length):
 
 def test_other_content_is_left_alone():
     rng = np.random.default_rng(0)
+    # Other people's Python, each file of which has the same licence on top.
+    modules = "".join(path.read_text() for path in sorted(Path(optax.__file__).parent.rglob("*.py")))
+    source = np.frombuffer(modules.encode("ascii", "replace"), np.uint8)
     for tree in (
+        source,
+        source[rng.integers(0, len(source) - 65, 20_000)[:, None] + np.arange(65)],
         data.text("kjv").tokens,
         data.images("mnist5k", 28).x,
         (data.images("digits", 8).x * 16).astype(np.uint8),

@@ -162,7 +162,8 @@ def inside(tree: Any, names: Collection[str]) -> tuple[str, ...]:
                 pages = tokens[: len(tokens) // 4096 * 4096].reshape(-1, 4096)
                 tokens = pages[:: -(-len(tokens) // MOST_TOKENS)].reshape(-1)
             if len(np.unique(tokens)) >= LEAST_TOKENS:
-                compare(passages(tokens), _known_passages(names), SHARE)
+                # Each once: one licence atop of every file is no share of a text.
+                compare(np.unique(passages(tokens)), _known_passages(names), SHARE)
                 for axis in (0, -1) if leaf.ndim > 1 else ():  # time may come first
                     rows = np.moveaxis(np.asarray(leaf), axis, -1).reshape(-1, leaf.shape[axis])
                     span = max((span for span in SPANS if span <= rows.shape[1] < 2 * WINDOW), default=0)
