@@ -113,7 +113,7 @@ def test_auto_prefers_what_is_prepared_and_says_so(caplog):
         assert data.images("digits", 8, "auto").source.id == "digits"
     assert "data noise: tfds:noise:1.0.0#" in caplog.text
     assert "data mnist: mnist5k, which is embedded" in caplog.text
-    with pytest.raises(ValueError, match="unknown data set 'kmnist'"):
+    with pytest.raises(ValueError, match=r"kmnist with source='auto': TFDS has none that can be read in .*; valid:"):
         data.images("kmnist", 8, "auto")
 
 
@@ -195,6 +195,7 @@ def test_tfrecord_is_refused_with_the_conversion(tmp_path, monkeypatch):
             lambda: tasks.make("image_mlp", data="noise", source="tfds", window=9000),
             "window, got 9000 rows; valid: 1 to",
         ),
+        (lambda: tasks.make("image_mlp", data="noise", source="tfds", window=0), "window, got 0 rows; valid: 1 to 270"),
         (lambda: tasks.make("image_mlp", data="lines", source="tfds", window=9), "holds text; valid"),
         (lambda: tasks.make("rnn_lm", data="noise", source="tfds", window=9), "holds images; valid"),
     ],
@@ -202,6 +203,50 @@ def test_tfrecord_is_refused_with_the_conversion(tmp_path, monkeypatch):
 def test_errors_name_the_fix(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+CLEAN = {"image": TRAIN[0], "label": 3}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        ({"test": [CLEAN]}, {}, "own splits, got test of 1; valid: train, and each of one row or more"),
+        ({"train": [CLEAN], "test": []}, {}, "own splits, got train of 1, test of 0"),
+        (
+            {"train": [CLEAN, CLEAN | {"image": TRAIN[0] / 255}]},
+            {},
+            r"train\[1\], got an image float64\[28, 28\]",
+        ),
+        ({"train": [CLEAN | {"image": TRAIN[0][:20]}]}, {}, r"got an image uint8\[20, 28\]; valid: uint8 \[s, s\]"),
+        (
+            {"train": [CLEAN, CLEAN | {"image": TRAIN[0][:20, :20]}]},
+            {},
+            r"got an image uint8\[20, 20\]; .* of one",
+        ),
+        ({"train": [CLEAN | {"label": 10}]}, {}, "got label 10; valid: integers from 0, below 10 classes"),
+        ({"train": [CLEAN | {"label": "cat"}]}, {}, "got label 'cat'; valid: integers"),
+        ({"train": [{"image": TRAIN[0]}]}, {}, "got image; valid: a dict of image and label"),
+        ({"train": [CLEAN]}, {"classes": 0}, "got image, label; valid: a dict of text; images need classes=N"),
+        ({"train": [{"text": b"bytes"}]}, {"classes": 0}, "got a text of bytes; valid: str"),
+        ({"train": ["words"]}, {"classes": 0}, "got str; valid: a dict of text"),
+        ({"train": [CLEAN]}, {"name": "my-set"}, "name, got 'my-set'; valid: letters, digits and underscores"),
+        ({"train": [CLEAN]}, {"name": "noise"}, "noise is prepared already, in .*; valid: another name"),
+    ],
+)
+def test_what_would_not_be_read_as_it_was_given_is_not_prepared(rows, settings, says, folder):
+    """Among it a second set of a name: TFDS would keep the first and say nothing."""
+    with pytest.raises(ValueError, match=says):
+        tfds.prepare(settings.get("name", "own"), rows, folder, classes=settings.get("classes", 10))
+    assert not (folder / "own").exists()
+
+
+def test_a_set_that_is_too_small_to_split_is_refused(tmp_path, monkeypatch):
+    """Batches of an empty split would be rows of the next one."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    tfds.prepare("two", {"train": [CLEAN | {"image": TRAIN[0][..., None]}] * 2}, classes=10)
+    with pytest.raises(ValueError, match=r"two:1\.0\.0 is too small to split: train 0, validation 1, test 1; valid"):
+        data.images("two", 28, "tfds")
 
 
 def test_what_does_not_fit_is_pointed_to_windows(monkeypatch):

@@ -125,7 +125,11 @@ def resolve(name: str, source: str) -> str:
     if source == "auto" and not tfds.readable(name):
         plain = name.split(":")[0].split("/")[0]
         served = FALLBACKS.get(plain, plain)
-        _entry(served)
+        if served not in _manifest():
+            raise ValueError(
+                f"tasks.data: {name} with source='auto': TFDS has none that can be read in {tfds.data_dir()}, and "
+                f"embedded are {', '.join(names())}; valid: one of these, or source='tfds', whose error says how."
+            )
         log.info("data %s: %s, which is embedded; TFDS has none that can be read in %s", name, served, tfds.data_dir())
         return served
     served = tfds.pinned(name)

@@ -91,7 +91,8 @@ def _part(name: str) -> tuple[Part, tfds.Prepared, Source]:
     part = parse(name)
     assert part is not None
     prepared, sha256 = _identity(part.name)
-    if not 1 <= part.rows <= (most := len(_sources(part.name)["train"])):
+    most = len(_sources(part.name)["train"])
+    if not 1 <= part.rows <= most:
         raise ValueError(f"tasks.data: {PREFIX}{part.name} window, got {part.rows} rows; valid: 1 to {most}.")
     return part, prepared, Source(PREFIX + prepared.name, sha256)
 

@@ -93,7 +93,7 @@ def images(name: str, size: int) -> data.Dataset:
     """
     held = _raw(name.removeprefix(PREFIX))
     if held.y is None:
-        raise ValueError(f"tasks.data: {PREFIX}{name} holds text; valid: a set with an image and a label.")
+        raise ValueError(f"tasks.data: {PREFIX}{held.name} holds text; valid: a set with an image and a label.")
     name = held.name
     x, side = held.x, held.x.shape[1]
     pad, pool = pooling(name, side, size)
@@ -114,7 +114,7 @@ def text(name: str) -> data.Text:
     """
     held = _raw(name.removeprefix(PREFIX))
     if held.y is not None:
-        raise ValueError(f"tasks.data: {PREFIX}{name} holds images; valid: a set with a text.")
+        raise ValueError(f"tasks.data: {PREFIX}{held.name} holds images; valid: a set with a text.")
     return data.Text(held.x, PRINTABLE, held.splits, held.source, held.aliases)
 
 
@@ -188,6 +188,9 @@ def _content(name: str) -> Raw:
             x, y = parts["train"]
             at = len(x) - max(1, int(CARVED * len(x)))
             parts[split], parts["train"] = (x[at:], y if y is None else y[at:]), (x[:at], y if y is None else y[:at])
+    if empty := [split for split in SPLITS if not len(parts[split][0])]:
+        listed = ", ".join(f"{split} {len(parts[split][0])}" for split in SPLITS)
+        raise ValueError(f"tasks.data: {PREFIX}{name} is too small to split: {listed}; valid: rows for {empty[0]} too.")
     x = np.concatenate([parts[split][0] for split in SPLITS])
     y = np.concatenate([parts[split][1] for split in SPLITS]) if label else None  # type: ignore[no-matching-overload]
     stops = np.cumsum([0, *(len(parts[split][0]) for split in SPLITS)]).tolist()
@@ -295,15 +298,18 @@ def prepare(
     """Prepare a data set of one's own as array_record, without TensorFlow.
 
     Args:
-      name: letters, digits and underscores.
-      rows: split -> examples: {"image": uint8 [s, s] or [s, s, 3], "label": int}, or {"text": str}.
+      name: letters, digits and underscores, of no set that is prepared already.
+      rows: split -> examples: {"image": uint8 [s, s] or [s, s, 3], "label": int}, or {"text": str}; one split is train.
       folder: default `data_dir()`.
       classes: number of labels; 0 for texts.
 
-    Returns the folder of version 1.0.0.
+    Returns the folder of version 1.0.0. Raises ValueError for rows that could not be read as they were given.
     """
     tfds = _library()
     held = {split: list(part) for split, part in rows.items()}
+    _require(name, held, classes)
+    if (old := Path(folder or data_dir()) / name).exists():  # which TFDS would keep, and say nothing
+        raise ValueError(f"tasks.data: {name} is prepared already, in {old}; valid: another name, or no such folder.")
     if classes:
         shape = np.shape(held["train"][0]["image"])
         image = tfds.features.Image(shape=(*shape, 1)[:3])
@@ -312,7 +318,7 @@ def prepare(
         features = {"text": tfds.features.Text()}
 
     def encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, "image": _png(row["image"])} if classes else dict(row)
+        return {"image": _png(np.asarray(row["image"])), "label": int(row["label"])} if classes else dict(row)
 
     named = name
 
@@ -337,12 +343,42 @@ def prepare(
     return Path(builder.data_path)
 
 
+def _require(name: str, held: Mapping[str, list[Any]], classes: int) -> None:
+    """Raise ValueError for what `prepare` does not take, naming what it does."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ValueError(f"tasks.data: name, got {name!r}; valid: letters, digits and underscores.")
+    if "train" not in held or not all(held.values()):
+        got = ", ".join(f"{split} of {len(part)}" for split, part in held.items()) or "none"
+        raise ValueError(f"tasks.data: {name} splits, got {got}; valid: train, and each of one row or more.")
+    wanted = {"image", "label"} if classes else {"text"}
+    shape = None
+    for split, part in held.items():
+        for i, row in enumerate(part):
+            where = f"tasks.data: {name} {split}[{i}]"
+            if not isinstance(row, Mapping) or set(row) != wanted:
+                got = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+                also = "" if classes else "; images need classes=N"
+                raise ValueError(f"{where}, got {got}; valid: a dict of {' and '.join(sorted(wanted))}{also}.")
+            if not classes:
+                if not isinstance(row["text"], str):
+                    raise ValueError(f"{where}, got a text of {type(row['text']).__name__}; valid: str.")
+                continue
+            image, label = np.asarray(row["image"]), row["label"]
+            shape = shape or image.shape
+            square = image.ndim in (2, 3) and image.shape[0] == image.shape[1] and image.shape[2:] in ((), (1,), (3,))
+            if image.dtype != np.uint8 or not square or image.shape != shape:
+                got = f"{image.dtype}{list(image.shape)}"
+                raise ValueError(f"{where}, got an image {got}; valid: uint8 [s, s] or [s, s, 3], all of one size.")
+            if not isinstance(label, int | np.integer) or not 0 <= label < classes:
+                raise ValueError(f"{where}, got label {label!r}; valid: integers from 0, below {classes} classes.")
+
+
 def _png(x: np.ndarray) -> io.BytesIO:
     """Arrays are encoded by TensorFlow, files are taken as they are."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(np.asarray(x, np.uint8)).save(file, "PNG")
+    Image.fromarray(x[..., 0] if x.shape[2:] == (1,) else x).save(file, "PNG")
     file.seek(0)
     return file
 
