@@ -172,17 +172,17 @@ def tiny(
             rows = F.rows(tensor, F.factored_axes(tensor.leaf.shape), decays)
             scales = F.rms_scales(tensor, lambda *block: features(*block)[0], rows, 1e-12)
             rms = F.safe_sqrt(tensor.mean_square())
-            shape, log_step = tensor.leaf.shape, theta.log_step
+            shape, matrix = tensor.leaf.shape, len(tensor.leaf.shape) >= 2
+            said: Any = (0.0, 0.0)
             if pace:
                 signals = 1 / scales[SIGNALS].reshape(-1)
                 said = pace_gain * paced(theta.pace, condition(signals, rms, len(shape), told))
-                log_step += said[0]
-            share = step_mult * jnp.exp(log_step)
-            if decay and len(shape) >= 2 and "no_decay" not in tensor.leaf.labels:
+            share = step_mult * jnp.exp(theta.log_step + said[0])
+            if decay and matrix and "no_decay" not in tensor.leaf.labels:
                 tensor = tensor.decayed(share * decay * jnp.exp(said[1]))
-            least = fan_in / math.sqrt(math.prod(shape[:-1])) if fan_in and len(shape) >= 2 else min_rms
+            least = fan_in / math.sqrt(math.prod(shape[:-1])) if fan_in and matrix else min_rms
             size = share * jnp.maximum(rms, least)
-            matrices = F.orthogonalize if newton_schulz and len(shape) >= 2 else None
+            matrices = F.orthogonalize if newton_schulz and matrix else None
             scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
             return F.move(tensor, direction, rows, scaled)
 
