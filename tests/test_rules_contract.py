@@ -560,6 +560,18 @@ def test_tiny_leaves_alone_what_has_no_gradient():
     assert updates["w"][0].all()
 
 
+def test_a_learned_decay_is_of_matrices_that_had_a_gradient():
+    """And of no vector, and of nothing that is labelled so; a step without direction shows the decay alone."""
+    rule = rules.make("tiny", pace=4, decay=0.5, step_mult=0.1)
+    zero = jax.tree.map(jnp.zeros_like, rule.init_theta(jax.random.key(0)))
+    seen = {"w": GRADS[0]["w"], "b": GRADS[0]["b"]}
+    shrink = lambda grads, **options: updates_of(rule.bind(zero, num_steps=10, **options), grads)  # noqa: E731
+    close(shrink(seen), {"w": -0.1 * 0.5 * PARAMS["w"], "b": jnp.zeros_like(PARAMS["b"])})
+    close(shrink(seen, lr=0.5)["w"], -0.5 * 0.1 * 0.5 * PARAMS["w"])
+    for still in (shrink(jax.tree.map(jnp.zeros_like, seen)), shrink(seen, labels=lambda path, p: "no_decay")):
+        assert not any(u.any() for u in still.values())
+
+
 def test_nonfinite_modes(name):
     bad = GRADS[0] | {"w": GRADS[0]["w"].at[1, 2].set(jnp.nan)}
     tx = bound(name, weight_decay=0.1, nonfinite="skip_tree")

@@ -174,12 +174,14 @@ def tiny(
             rms = F.safe_sqrt(tensor.mean_square())
             shape, matrix = tensor.leaf.shape, len(tensor.leaf.shape) >= 2
             said: Any = (0.0, 0.0)
+            signals = 1 / scales[SIGNALS].reshape(-1)
             if pace:
-                signals = 1 / scales[SIGNALS].reshape(-1)
                 said = pace_gain * paced(theta.pace, condition(signals, rms, len(shape), told))
             share = step_mult * jnp.exp(theta.log_step + said[0])
             if decay and matrix and "no_decay" not in tensor.leaf.labels:
-                tensor = tensor.decayed(share * decay * jnp.exp(said[1]))
+                # Not of what never had a gradient: a frozen part would vanish though nobody asked for decay.
+                seen = signals[-1] > SMALLEST / 10
+                tensor = tensor.decayed(jnp.where(seen, share * decay * jnp.exp(said[1]), 0.0))
             least = fan_in / math.sqrt(math.prod(shape[:-1])) if fan_in and matrix else min_rms
             size = share * jnp.maximum(rms, least)
             matrices = F.orthogonalize if newton_schulz and matrix else None
