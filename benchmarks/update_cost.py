@@ -146,7 +146,7 @@ RULES: dict[str, Rule] = {
     "elo": Rule(learned("elo"), small_fc_cost(32)),
     "tiny": Rule(learned("tiny"), Cost(ADAFACTOR + 30 + network(14, 3, 8, 1) + STEP, TWO_PASSES + 8)),
     "tiny_orthogonal": Rule(  # lopt-base
-        learned("tiny", pace=8, newton_schulz=True),
+        learned("tiny", pace=8, newton_schulz=True, decay=0.15, fan_in=1.0),
         Cost(ADAFACTOR + 30 + network(14, 3, 8, 1) + STEP, TWO_PASSES + 8),
         newton_schulz=True,
     ),

@@ -1,8 +1,8 @@
 """The recommended optimizer: six groups of tasks, of which most are not fitted within their horizon.
 
-    lopt-train lopt_base        # 1,500 meta-steps, 7.2 million inner steps
+    lopt-train lopt_base        # 1,000 meta-steps, 4.8 million inner steps
 
-The rule `tiny` with a learned length of each tensor's step and directions of matrices made orthogonal. Images (with a
+The rule `tiny` with a learned length and decay of each tensor and directions of matrices made orthogonal. Images (with a
 fifth of the labels noise in one group), autoencoders, a CNN, a GRU and a transformer on text; losses of the last 250
 steps over about what a tuned AdamW reaches, so that kinds of tasks weigh alike. docs/recipes.md says what it was chosen
 among. The resulting weights are in checkpoints/lopt-base.
