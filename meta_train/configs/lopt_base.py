@@ -2,8 +2,8 @@
 
     lopt-train lopt_base        # 1,000 meta-steps, 4.8 million inner steps
 
-The rule `tiny` with a learned length and decay of each tensor and directions of matrices made orthogonal. Images (with a
-fifth of the labels noise in one group), autoencoders, a CNN, a GRU and a transformer on text; losses of the last 250
+The rule `tiny` with a learned length and decay of each tensor and directions of matrices made orthogonal. Images (with
+a fifth of the labels noise in one group), autoencoders, a CNN, a GRU and a transformer on text; losses of the last 250
 steps over about what a tuned AdamW reaches, so that kinds of tasks weigh alike. docs/recipes.md says what it was chosen
 among. The resulting weights are in checkpoints/lopt-base.
 """
