@@ -1,6 +1,7 @@
 """Which direction, set by hand and of which length, a learned rule should start from: validation losses.
 
     python benchmarks/directions.py [--tasks mlp,gru] [--seeds 2] [--directions lengths]
+    python benchmarks/directions.py --artifacts lopt-base,docs/recipes/i0   # artifacts, untuned, instead
 
 The rule `tiny` with its networks at 0 and some inputs passed on, at relative step sizes that are the same for all
 tasks; beside it AdamW over learning rates (no weight decay). All with the cosine schedule. `--directions plain`: one
@@ -24,6 +25,7 @@ import numpy as np
 import optax
 
 import tasks
+from lopt import pretrained
 from lopt.rules import tiny as tiny_rule
 from lopt.rules.tiny import GRADIENTS, HAND_SET, MOMENTUM
 from meta_test import runs
@@ -69,6 +71,16 @@ def by_hand(settings: Mapping[str, Any], passed: Mapping[int, float], num_steps:
     return runs.Contender("by hand", make, theta)
 
 
+def shipped(artifact: str, num_steps: int) -> runs.Contender:
+    """An artifact as it is; `size` is a factor of its steps."""
+    rule, theta = pretrained.read(artifact)
+
+    def make(theta: Any, size: Any) -> optax.GradientTransformation:
+        return rule.bind(theta, num_steps=num_steps, lr=size)
+
+    return runs.Contender(artifact, make, theta)
+
+
 def adamw(num_steps: int) -> runs.Contender:
     def make(_: Any, size: Any) -> optax.GradientTransformation:
         return optax.adamw(lambda t: size * 0.5 * (1 + jnp.cos(jnp.pi * t / num_steps)), weight_decay=0.0)
@@ -92,18 +104,25 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--directions", choices=DIRECTIONS, default="plain")
+    parser.add_argument("--artifacts", default="")
     args = parser.parse_args()
-    print("| task | direction | " + " | ".join(f"{x:.3f}" for x in STEPS) + " |")
-    print("|---|---|" + "--:|" * len(STEPS))
+    artifacts = args.artifacts.split(",") if args.artifacts else []
+    sizes = np.ones(1) if artifacts else STEPS
+    print("| task | direction | " + " | ".join("loss" if artifacts else f"{x:.3f}" for x in sizes) + " |")
+    print("|---|---|" + "--:|" * len(sizes))
     for name in args.tasks.split(","):
         family, given, num_steps = TASKS[name]
         task = tasks.make(family, **given)
         found = losses(adamw(num_steps), task, RATES, num_steps, args.seeds)
         best = found.min()
-        print(f"| {name} | AdamW: {best:.4f} at {RATES[found.argmin()]:.3f} |" + " |" * len(STEPS), flush=True)
-        for direction, (settings, passed) in DIRECTIONS[args.directions].items():
-            ratio = losses(by_hand(settings, passed, num_steps), task, STEPS, num_steps, args.seeds) / best
-            print(f"| | {direction} | " + " | ".join(f"{x:.2f}" if x < 10 else ">10" for x in ratio) + " |", flush=True)
+        print(f"| {name} | AdamW: {best:.4f} at {RATES[found.argmin()]:.3f} |" + " |" * len(sizes), flush=True)
+        rows = {artifact: shipped(artifact, num_steps) for artifact in artifacts} or {
+            direction: by_hand(settings, passed, num_steps)
+            for direction, (settings, passed) in DIRECTIONS[args.directions].items()
+        }
+        for direction, contender in rows.items():
+            ratio = losses(contender, task, sizes, num_steps, args.seeds) / best
+            print(f"| | {direction} | " + " | ".join(f"{x:.3f}" if x < 10 else ">10" for x in ratio) + " |", flush=True)
             jax.clear_caches()
     print(f"{args.seeds} seeds, JAX {jax.__version__}", file=sys.stderr)
 
