@@ -55,12 +55,20 @@ The resolved config is under `provenance` in config.json.
 def pinned(run: Nowcasting) -> Nowcasting:
     """The run as it is recorded in its directory: with the data that its sources serve.
 
-    Raises ValueError for tasks that cannot be made, whose gradients are not those of a loss, or that are held out.
+    Raises ValueError for tasks that cannot be made, whose gradients are not those of a loss where they are recorded, or
+    that are held out, also where they only choose the best theta.
     """
-    made = [trajectories.make(group) for group in run.recording.groups]
-    trajectories.refuse(run, made)
-    groups = tuple(dataclasses.replace(group, settings=trajectories.pinned(group)) for group in run.recording.groups)
-    return dataclasses.replace(run, recording=dataclasses.replace(run.recording, groups=groups))
+    recorded, chosen_by = run.recording.groups, run.validation.tasks
+    trajectories.refuse(run, [*map(trajectories.make, recorded), *map(trajectories.task_of, chosen_by)])
+
+    def settled(groups: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(dataclasses.replace(group, settings=trajectories.pinned(group)) for group in groups)
+
+    return dataclasses.replace(
+        run,
+        recording=dataclasses.replace(run.recording, groups=settled(recorded)),
+        validation=dataclasses.replace(run.validation, tasks=settled(chosen_by)),
+    )
 
 
 def wirings(run: Nowcasting, held: Sequence[trajectories.Held]) -> list[Any]:

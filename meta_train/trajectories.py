@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tasks
-from meta_train.nowcast_config import Nowcasting, Recorded, Recording, recording_identity
+from meta_train.nowcast_config import Nowcasting, Problem, Recorded, Recording, recording_identity
 from meta_train.placement import usable_devices
 from meta_train.record import write_whole
 from tasks import held_out
@@ -54,9 +54,14 @@ class Held(NamedTuple):
         return sum(math.prod(shape) for _, shape in self.leaves)
 
 
+def task_of(group: Recorded | Problem) -> tasks.Task:
+    """The task of a group, or one to validate on."""
+    return tasks.make(group.family, **group.settings)
+
+
 def make(group: Recorded) -> tasks.Task:
     """The task of a group. Raises ValueError if its gradients are not those of its loss."""
-    task = tasks.make(group.family, **group.settings)
+    task = task_of(group)
     if task.value_and_grad is not None or task.grad_transform is not None or task.window is not None:
         raise ValueError(
             f"recording.groups: {group.family}: gradients of its own, or data in windows; valid: a task whose "
@@ -65,16 +70,13 @@ def make(group: Recorded) -> tasks.Task:
     return task
 
 
-def pinned(group: Recorded) -> dict[str, Any]:
+def pinned(group: Recorded | Problem) -> dict[str, Any]:
     """Settings that build the same task wherever they are read."""
     return tasks.pin(group.family, group.settings)
 
 
 def refuse(run: Nowcasting, found: Sequence[tasks.Task | Held]) -> None:
-    """Raise ValueError if a task or a recording touches what tasks.HELD_OUT keeps for evaluation.
-
-    tasks.DEV is free: it chooses optimizers, and nowcasters are neither chosen nor judged on it.
-    """
+    """Raise ValueError if a task or a recording touches what tasks.HELD_OUT keeps for evaluation."""
     for one in found if not run.allow_held_out else ():
         if isinstance(one, Held):
             words = held_out.touched_by([tasks.Source(*s) for s in one.sources], one.families)

@@ -137,6 +137,37 @@ def test_what_is_held_out_is_not_recorded(recorded, tmp_path):
     trajectories.refuse(dataclasses.replace(small(), allow_held_out=True), held)
 
 
+COPIES = """
+import jax, jax.numpy as jnp, tasks
+from tasks.data import images
+x = 0.2 + 0.5 * jnp.asarray(images("fashion10k", 8).x[299::-1])
+def mine():
+    return tasks.Task(x, lambda key: (), lambda key, phi: {"a": jax.random.normal(key, (64, 1)), "b": jnp.zeros(1)},
+        lambda key, phi, data, split: data[jax.random.randint(key, (8,), 0, 300)],
+        lambda p, key, phi, batch: jnp.mean((batch.reshape(8, 64) @ p["a"] + p["b"][None]) ** 2), name="mine")
+"""
+
+
+def test_a_users_copies_are_seen_where_they_are_recorded_read_and_chosen_by(tmp_path, monkeypatch):
+    (tmp_path / "users_recorded.py").write_text(COPIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    recording = Recording((Recorded("users_recorded:mine", {}, 24),), interval=2, lrs=(1e-3,), weight_decays=(0.0,))
+    run = small(recording=recording, allow_held_out=True)
+    (held,) = trajectories.record(run, tmp_path / "recorded")
+    assert [name for name, _ in held.sources] == ["fashion10k"]
+    for folder in ("recorded", "anew"):  # what somebody recorded with permission, and what is to be
+        with pytest.raises(ValueError, match="data fashion10k"):
+            trajectories.record(dataclasses.replace(run, allow_held_out=False), tmp_path / folder)
+    for family, settings, says in (
+        ("users_recorded:mine", {}, "mine touches .*data fashion10k"),
+        ("coordinate_mlp", {}, "family coordinate_mlp"),
+    ):
+        chosen_by = small(validation=Validation((Problem(family, settings),)))
+        with pytest.raises(ValueError, match=says):
+            nowcast.pinned(chosen_by)
+        assert nowcast.pinned(dataclasses.replace(chosen_by, allow_held_out=True)).validation.tasks[0].family == family
+
+
 def test_batches_follow_from_their_number(recorded):
     folder, held = recorded
     run = small()

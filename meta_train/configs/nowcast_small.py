@@ -19,7 +19,6 @@ RUN = Nowcasting(
             Recorded("image_mlp", {"data": "mnist5k", "size": 14, "hidden": [16], "activation": "tanh"}, 5000),
             Recorded("cnn", {"data": "mnist5k", "size": 8, "channels": [8, 16], "batch_size": 32}, 5000),
             Recorded("autoencoder", {"data": "digits", "hidden": [24], "code": 8, "batch_size": 32}),
-            Recorded("tabular_regression", {"data": "wine", "hidden": [32, 32], "batch_size": 32}, 5000),
             Recorded("rnn_lm", {"data": "kjv", "width": 16, "embedding": 8, "length": 16, "batch_size": 8}, 5000),
             Recorded(
                 "transformer_lm",
