@@ -173,8 +173,9 @@ class Nowcasting:
         require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
         require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
         for group in self.recording.groups:
-            states, least = group.steps // self.recording.interval, self.context + self.training.windows
-            require(states >= least, f"recording.groups: {group.family}: steps", group.steps, f"{least} intervals")
+            every, least = self.recording.interval, self.context + self.training.windows
+            valid = f">= {least * every}, which is {least} intervals of {every}"
+            require(group.steps // every >= least, f"recording.groups: {group.family}: steps", group.steps, valid)
         ok = self.validation.period // self.context >= 1
         require(ok, "validation.period", self.validation.period, f"at least context = {self.context}")
 
