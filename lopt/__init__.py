@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lopt import prox as prox
     from lopt import proximal as proximal
     from lopt import rules as rules
+    from lopt.averaging import averaged as averaged
+    from lopt.averaging import eval_params as eval_params
     from lopt.base import LearnedOptimizer as LearnedOptimizer
     from lopt.pretrained import available as available
     from lopt.pretrained import load as load
@@ -25,8 +27,10 @@ __version__ = "0.1.0"
 _HOME = {
     "LearnedOptimizer": "lopt.base",
     "available": "lopt.pretrained",
+    "averaged": "lopt.averaging",
     "baselines": "lopt.baselines",
     "convert": "lopt.convert",
+    "eval_params": "lopt.averaging",
     "load": "lopt.pretrained",
     "mup": "lopt.mup",
     "nowcast": "lopt.nowcast",

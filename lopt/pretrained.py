@@ -114,6 +114,7 @@ def load(
     mesh: Any = None,
     specs: Any = None,
     accumulators: str = "float32",
+    average: float | None = None,
     prox: Any = None,
     lipschitz: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -132,6 +133,8 @@ def load(
       mesh: of sharded parameters, each device then updates its part; or None.
       specs: tree like params of `PartitionSpec`s, with `mesh`.
       accumulators: "float32", or "bfloat16" for half the state.
+      average: power of the average of the parameters that `lopt.eval_params` reads (`lopt.averaged`); 0: none, which
+        saves 4 bytes a parameter; None: the rule's own.
       prox: of a rule with a proximal operator (l2o_pa) the penalty, of `lopt.prox`; None for none.
       lipschitz: of such a rule the Lipschitz constant of the smooth part's gradient; None for 1.
 
@@ -165,6 +168,7 @@ def load(
         mesh=mesh,
         specs=specs,
         accumulators=accumulators,
+        **{} if average is None else {"average": average},
         **structure,
     )
 

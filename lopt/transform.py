@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt import explicit, precision, sharded
+from lopt import averaging, explicit, precision, sharded
 from lopt.base import LearnedOptimizer, unknown
 from lopt.tensor import Given, Group, Leaf, Moved, Step, Tensor, groups
 
@@ -102,6 +102,7 @@ def define(
     lr: float = 1.0,
     schedule: str = "constant",
     decay_after: bool = False,
+    average: float = 0.0,
 ) -> LearnedOptimizer:
     """The `LearnedOptimizer` of a rule; the last line of every rule's factory.
 
@@ -114,9 +115,10 @@ def define(
       lr: the rule's own default.
       schedule: the rule's own default.
       decay_after: decay the moved parameters, p ← (p + u)(1 - lr · weight_decay), as some originals do.
+      average: the rule's own default.
     """
     needed = frozenset(needs)
-    default_lr, default_schedule = lr, schedule
+    default_lr, default_schedule, default_average = lr, schedule, average
 
     def bind(
         theta: Any,
@@ -132,8 +134,10 @@ def define(
         mesh: Any = None,
         specs: Any = None,
         accumulators: str = "float32",
+        average: float | None = None,
     ) -> optax.GradientTransformationExtraArgs:
-        return as_optax(
+        power = default_average if average is None else average
+        tx = as_optax(
             name,
             arithmetic,
             theta,
@@ -151,6 +155,7 @@ def define(
             accumulators=accumulators,
             decay_after=decay_after,
         )
+        return averaging.averaged(tx, power) if power else tx
 
     return LearnedOptimizer(name, settings, needed, init_theta, bind)
 

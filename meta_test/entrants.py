@@ -108,7 +108,7 @@ def _learned(source: str, name: str) -> Entrant:
     def make(theta: Any, *, num_steps: Any, cosine: Any) -> Any:
         return rule.bind(theta, num_steps=num_steps)
 
-    contender = Contender(name, make, theta, rule.needs - {"value", "num_steps"})
+    contender = Contender(name, make, theta, rule.needs - {"value", "num_steps"}, lopt.eval_params)
     return Entrant(name, contender, digest, artifact=source)
 
 
@@ -186,7 +186,7 @@ def _own(spec: str) -> Entrant:
             raise ValueError(f"lopt-eval: {spec} returned a {type(tx).__name__}; valid: an optax transform.")
         return tx
 
-    return Entrant(spec, Contender(spec, make), _digest(held), known=False)
+    return Entrant(spec, Contender(spec, make, eval_params=lopt.eval_params), _digest(held), known=False)
 
 
 def _digest(module: Any) -> str:

@@ -286,12 +286,14 @@ SUITES: dict[str, tuple[Problem, ...]] = {
 }
 # FLOPs that the gradients of one run of a problem may take.
 CAPS = {"smoke": SMALL, "deterministic": SMALL, "dev": SMALL, "mini": SMALL, "heldout": LARGE}
-# Tuned for `mini` and `heldout`, and shown beside every learned rule; one of each idea. The reference and its Nesterov
-# form; SGD with and without momentum, whose failures are known; signs (lion); factored memory (adafactor); a long
-# memory (ademamix); matrices whitened cheaply (muon) and by Shampoo's bases (soap); no schedule (schedule_free_adamw);
-# no learning rate (prodigy); and the control, a learned rule's form set by hand (hand_celo2).
+# Tuned for `mini` and `heldout`, and shown beside every learned rule; one of each idea. The reference, the average of
+# its iterates and its Nesterov form; SGD with and without momentum, whose failures are known; signs (lion); factored
+# memory (adafactor); a long memory (ademamix); matrices whitened cheaply (muon) and by Shampoo's bases (soap); no
+# schedule (schedule_free_adamw); no learning rate (prodigy); and the control, a learned rule's form set by hand
+# (hand_celo2).
 DEFAULT_BASELINES = (
     "adamw",
+    "averaged_adamw",
     "nadamw",
     "hand_celo2",
     "muon",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt.averaging import eval_params
 from lopt.base import LearnedOptimizer, mappable, proximal, unknown
 from lopt.prox import Penalty
 from tasks.base import Task
@@ -99,7 +100,7 @@ def make_inner(
       task: `task.data` may be traced.
       horizon: of inner runs.
       meta_loss: the loss on the "train" batch of the step (before its update, at no cost), on a "fresh" training batch
-        or on a "validation" batch (after the update).
+        or on a "validation" batch (after the update, and of a rule with an average at that).
       loss_limit: meta-losses above it, and non-finite ones, count as this much, after normalising.
       objective: the "mean" of an episode's meta-losses, the "final" one, or the mean of the "last" steps. Under these
         two a trajectory that diverges is left to run to its horizon, where its loss counts.
@@ -188,7 +189,7 @@ def make_inner(
         params = optax.apply_updates(particle.params, updates)
         if meta_loss != "train":
             meta_batch = task.batch(meta_batch_key, particle.phi, task.data, split)
-            value = task.loss(params, meta_key, particle.phi, meta_batch)
+            value = task.loss(eval_params(opt_state, params), meta_key, particle.phi, meta_batch)
         if normalise != "none":
             value = value / (particle.scale if normalise == "init" else reference_loss)
         diverged = ~jnp.isfinite(value)

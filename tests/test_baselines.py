@@ -131,7 +131,7 @@ def test_fields_make_sense(name):
         assert s.low > 0 or not s.log, key
         assert s.choices is None or {s.low, s.high, s.default} <= set(s.choices), key
     grids = {key: s.choices for key, s in b.space.items() if s.choices}
-    assert grids == ({"weight_decay": (0.0, 0.01, 0.1)} if name in ("adamw", "nadamw", "sgd") else {})
+    assert grids == ({"weight_decay": (0.0, 0.01, 0.1)} if name in ("adamw", "averaged_adamw", "nadamw", "sgd") else {})
 
 
 def test_defaults_are_the_factories():

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from lopt.baselines.base import Baseline
 
 _OPTAX = (
-    "adabelief adadelta adafactor adagrad adam adamax adamw adan ademamix adopt amsgrad cocob dadapt_adamw dog"
-    " dowg lamb lars lbfgs lion lookahead madgrad mechanic momentum momo momo_adam muon nadamw nesterov novograd"
-    " prodigy radam rmsprop sam schedule_free_adamw schedule_free_sgd sgd signum sophia yogi"
+    "adabelief adadelta adafactor adagrad adam adamax adamw adan ademamix adopt amsgrad averaged_adamw cocob"
+    " dadapt_adamw dog dowg lamb lars lbfgs lion lookahead madgrad mechanic momentum momo momo_adam muon nadamw"
+    " nesterov novograd prodigy radam rmsprop sam schedule_free_adamw schedule_free_sgd sgd signum sophia yogi"
 )
 # Name -> module, imported on demand, so that a command's --help needs no JAX. Its BASELINES has the entry.
 REGISTRY: dict[str, str] = {

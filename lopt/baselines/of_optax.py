@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from lopt.averaging import averaged, eval_params
 from lopt.baselines.base import Baseline, Rate, Space, average, decay, define, rate, transform
 
 GRID = Space(0.0, 0.1, False, 0.0, choices=(0.0, 0.01, 0.1))  # a rule that merely regularises must not look fast
@@ -160,6 +161,7 @@ def evaluated(state: Any, params: Any) -> Any:
 VALUE, VALUE_FN, GRAD_FN = frozenset({"value"}), frozenset({"value_fn"}), frozenset({"grad_fn"})
 SGD_LR, MOMENTUM_LR, SIGN_LR = rate(0.1, 1e-3, 10.0), rate(0.01, 1e-4, 1.0), rate(1e-4, 1e-5, 10**-1.5)
 ADAM_LR = rate(1e-3)
+POWER = 8.0  # of the average
 
 BASELINES: tuple[Baseline, ...] = (
     define("sgd", sgd, {"lr": SGD_LR, "weight_decay": GRID}, source="Robbins & Monro (1951)"),
@@ -199,6 +201,14 @@ BASELINES: tuple[Baseline, ...] = (
         lambda lr, **h: optax.adamw(lr, **h),
         {"lr": ADAM_LR, "weight_decay": GRID} | ADAM,
         source="Loshchilov & Hutter (2019), arXiv:1711.05101",
+    ),
+    define(
+        "averaged_adamw",
+        lambda lr, **h: averaged(optax.adamw(lr, **h), POWER),
+        {"lr": ADAM_LR, "weight_decay": GRID} | ADAM,
+        eval_params=eval_params,
+        source="Shamir & Zhang (2013), arXiv:1212.1824",
+        notes="AdamW, judged by the polynomial-decay average of its parameters",
     ),
     define(
         "nadamw",

@@ -97,6 +97,7 @@ def tiny(
     pace_gain: float = 1.0,
     decay: float = 0.0,
     fan_in: float = 0.0,
+    average: float = 0.0,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -118,6 +119,8 @@ def tiny(
         none.
       fan_in: tensors of rank >= 2 are taken to have a root mean square of fan_in/sqrt(n) at least, not min_rms, n the
         product of all axes but the last, of which there are inputs to a unit where matrices are [in, out]. 0: min_rms.
+      average: power of the average of the parameters that `lopt.eval_params` reads, see `lopt.averaged`; 0: none.
+        Meta-training judges a step by it. `bind(…, average=)` overrides it.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -127,7 +130,7 @@ def tiny(
     if not isinstance(pace, int) or pace < 0:
         raise ValueError(f"tiny: pace, got {pace}; valid: an integer >= 0.")
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip, pace_gain=pace_gain)
-    for key, value in (("decay", decay), ("fan_in", fan_in)):
+    for key, value in (("decay", decay), ("fan_in", fan_in), ("average", average)):
         if not 0 <= value < math.inf:
             raise ValueError(f"tiny: {key}, got {value!r}; valid: a number >= 0.")
     if decay and not pace:
@@ -202,5 +205,6 @@ def tiny(
         pace_gain=pace_gain,
         decay=decay,
         fan_in=fan_in,
+        average=average,
     )
-    return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine")
+    return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine", average=average)
