@@ -32,8 +32,7 @@ def prepare_jax() -> None:
 
 # Measured on two cores of a Xeon: together half as many inner steps again. XLA keeps the order of sums otherwise, which
 # makes each a chain of scalar additions; vectors are as wide as the machine's; small batched products go to Eigen.
-# NaN and infinities stay what they are, but x - x and 0 · x, written like this, are 0. A device may be late by an hour:
-# beside other work the threads of one starve, and after 40 seconds XLA would end the process.
+# NaN and infinities stay what they are, but x - x and 0 · x, written like this, are 0.
 CPU_OPTIONS = {
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_nans": True,
@@ -42,7 +41,6 @@ CPU_OPTIONS = {
     "xla_cpu_fast_math_honor_functions": True,
     "xla_cpu_prefer_vector_width": 512,
     "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_collective_call_terminate_timeout_seconds": 3600,
 }
 
 

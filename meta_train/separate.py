@@ -107,5 +107,9 @@ class Compiled:
             turn = estimate.loss
             found.append(estimate)
             after.append(held)
+        if jax.default_backend() == "cpu":
+            # A device that is done would wait in the collective with one of the threads that those still at work share,
+            # and a product there that wants all threads would never end.
+            jax.block_until_ready(found)
         rest, metrics = self._meet(found, state._replace(estimators=()))
         return rest._replace(estimators=tuple(after)), metrics
