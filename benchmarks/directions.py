@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import lopt
 import tasks
 from lopt import pretrained
 from lopt.rules import tiny as tiny_rule
@@ -78,7 +79,7 @@ def shipped(artifact: str, num_steps: int) -> runs.Contender:
     def make(theta: Any, size: Any) -> optax.GradientTransformation:
         return rule.bind(theta, num_steps=num_steps, lr=size)
 
-    return runs.Contender(artifact, make, theta)
+    return runs.Contender(artifact, make, theta, eval_params=lopt.eval_params)
 
 
 def adamw(num_steps: int) -> runs.Contender:
