@@ -54,7 +54,7 @@ def averaged(tx: optax.GradientTransformation, power: float = 8.0) -> optax.Grad
         average = jax.tree.map(lambda p: jnp.copy(precision.wide(p) if _floating(p) else jnp.asarray(p)), params)
         return Averaged(inside.init(params), jnp.zeros((), jnp.int32), average)
 
-    def update(updates: Any, state: Averaged, params: Any = None, **extra: Any) -> tuple[Any, Averaged]:
+    def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("lopt.averaged: params, got None; valid: tx.update(grads, state, params).")
         updates, inner = inside.update(updates, state.state, params, **extra)
