@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import optax
 
+import lopt
 import tasks
 from lopt import mup
 from meta_test import drawing, metrics, tuning
@@ -125,7 +126,7 @@ def rule_of(entrant: Entrant) -> Literal["mulo", "adam", "sgd"]:
     for rule, names in RULES.items():
         if entrant.name in names:
             return rule
-    if entrant.contender.eval_params is not None:
+    if entrant.known and entrant.contender.eval_params is not None:
         why = "it is evaluated at averages of its own, which factors of the update do not reach"
     elif entrant.name in FINDS_ITS_STEP:
         why = "it finds the size of its step itself, and takes the factors into account"
@@ -140,6 +141,13 @@ def _multiplied(entrant: Entrant, base: Task, target: Task) -> Entrant:
     key = jax.random.key(0)
     shapes, wide = (jax.eval_shape(lambda task=task: task.init(key, task.sample(key))) for task in (base, target))
     factors = mup.multipliers(shapes, wide, rule_of(entrant))
+    if entrant.artifact:
+        rule, _ = lopt.read(entrant.artifact)
+
+        def bound(theta: Any, *, num_steps: Any, cosine: Any) -> Any:
+            return rule.bind(theta, num_steps=num_steps, multipliers=factors)
+
+        return entrant._replace(contender=entrant.contender._replace(make=bound))
     plain = entrant.contender.make
 
     def scale(updates: Any, params: Any) -> Any:

@@ -92,6 +92,7 @@ def make_inner(
     normalise: str = "none",
     reference_loss: float = 0.0,
     stagger: bool = False,
+    multipliers: Any = None,
 ) -> Inner:
     """Couple a rule and a task.
 
@@ -111,6 +112,7 @@ def make_inner(
       reference_loss: what a good optimizer reaches on this task.
       stagger: the clocks of the first particles start at a uniformly drawn time, so that their first episodes are cut
         short and they do not march in step.
+      multipliers: tree like the task's params of factors of each tensor's direction (muP's), or None.
 
     Raises:
       ValueError: for an unknown name or a number out of range, and for a rule with a proximal operator on a task
@@ -144,6 +146,8 @@ def make_inner(
 
     def bind(theta: Any, num_steps: Any, phi: Any) -> optax.GradientTransformationExtraArgs:
         more: dict[str, Any] = {"mapped": True} if mappable(rule) else {}
+        if multipliers is not None:
+            more["multipliers"] = multipliers
         if composite:
             more |= {"prox": Penalty(composite.penalty(phi), composite.kind), "lipschitz": composite.lipschitz(phi)}
         # A trajectory that is no longer finite is reset by its estimator, so nothing need be skipped here.

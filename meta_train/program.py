@@ -17,7 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import tasks
-from lopt import rules
+from lopt import mup, rules
 from lopt.base import LearnedOptimizer, unknown
 from lopt.console import compiler_options
 from lopt.pretrained import CONFIG, find, named_leaves, read
@@ -446,7 +446,17 @@ def _inner(run: cfg.Run, rule: LearnedOptimizer, task: tasks.Task, group: cfg.Gr
         normalise=run.normalise,
         reference_loss=group.reference_loss,
         stagger=run.horizon.stagger,
+        multipliers=_multipliers(group, task),
     )
+
+
+def _multipliers(group: cfg.Group, task: tasks.Task) -> Any:
+    """Of a group whose settings have a `mup_base`, as a user of `lopt.mup` would give them; None of any other."""
+    base = tasks.mup_base(group.family, group.settings)
+    if base is None:
+        return None
+    key = jax.random.key(0)
+    return mup.multipliers(*(jax.eval_shape(lambda t=t: t.init(key, t.sample(key))) for t in (base, task)))
 
 
 def _refuse_losses_at_init(

@@ -67,6 +67,7 @@ __all__ = [
     "Split",
     "Task",
     "make",
+    "mup_base",
     "pin",
     "sample_family",
     "sample_settings",
@@ -105,6 +106,21 @@ def make(family: str, **settings) -> Task:
 
         task = wrap(task, wrappers)
     return task._replace(family=task.family or family)
+
+
+def mup_base(family: str, settings: Mapping[str, Any]) -> Task | None:
+    """The base network's task of one under the maximal-update parametrisation; None without `mup_base` in settings."""
+    base = settings.get("mup_base")
+    if base is None:
+        return None
+    rest = {name: value for name, value in settings.items() if name != "mup_base"}
+    parameters = inspect.signature(_factory(family)).parameters
+    if "hidden" in parameters:
+        return make(family, **rest | {"hidden": base})
+    if "channel_hidden" in parameters:
+        wide = {name: rest.get(name, parameters[name].default) for name in ("channel_hidden", "width")}
+        rest["channel_hidden"] = wide["channel_hidden"] * base // wide["width"]
+    return make(family, **rest | {"width": base})
 
 
 def _called(family: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> Task:

@@ -64,7 +64,8 @@ def test_any_leaf():
         params = optax.apply_updates(params, updates)
     found = lopt.eval_params(state, params)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, params)
-    assert state.average["low"].dtype == jnp.float32 and found["none"] is None
+    assert state.average["low"].dtype == jnp.float32
+    assert found["none"] is None
     np.testing.assert_array_equal(found["step"], [0, 1])
     np.testing.assert_allclose(found["scalar"], 2 - 0.02, rtol=1e-6)
 
@@ -118,7 +119,8 @@ def test_rules_have_one_or_not():
         states[own, said] = seen, state
         assert isinstance(state, Averaged) == bool(own if said is None else said)
         np.testing.assert_array_equal(seen[-1]["w"], states[0.0, None][0][-1]["w"])
-    assert rule.settings["average"] == 0.0 and rules.make("tiny", average=8.0).settings["average"] == 8.0
+    assert rule.settings["average"] == 0.0
+    assert rules.make("tiny", average=8.0).settings["average"] == 8.0
 
 
 def test_meta_loss_is_that_of_the_average():

@@ -1294,6 +1294,7 @@ def updates_of(one: Entrant, params, grads):
         # (w, b) of the layers 64 -> 4 -> 4 -> 10 at four times the width: fan-out 4, both, fan-in 4.
         ("sgd", {"layer0": (4, 4), "layer1": (1, 4), "layer2": (4, 1)}),
         ("adam", {"layer0": (1, 1), "layer1": (0.25, 1), "layer2": (1, 1)}),
+        ("lopt:quickstart", {"layer0": (1, 1), "layer1": (0.25, 1), "layer2": (1, 1)}),
     ],
 )
 def test_a_sweep_in_mup_multiplies_updates_by_the_optimizers_own_rule(name, factors):
@@ -1338,6 +1339,7 @@ def test_who_follows_no_rule_of_mup_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "lines", lambda *args: pytest.fail("it ran"))
     words = {
         "schedule_free_adamw": "averages of its own",
+        "averaged_adamw": "averages of its own",
         "lookahead": "averages of its own",
         "prodigy": "finds the size of its step",
         "cocob": "finds the size of its step",

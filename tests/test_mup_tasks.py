@@ -13,7 +13,10 @@ import pytest
 from products import products
 
 import tasks
-from lopt import mup
+from lopt import mup, rules
+from meta_train.config import Group
+from meta_train.inner import Horizon, make_inner
+from meta_train.program import _multipliers
 
 FAST: Any = {"xla_backend_optimization_level": 0}
 FLAT, SLOPED = 0.15, 0.3  # slopes of log2 change against log2 width
@@ -185,3 +188,47 @@ def leaves(about: Any) -> list[mup.Mup]:
 def test_settings_are_validated(family, settings, message):
     with pytest.raises(ValueError, match=message):
         tasks.make(family, **settings)
+
+
+def params_of(task: tasks.Task) -> Any:
+    return jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("family", "narrow", "wide"),
+    [
+        ("image_mlp", {"data": "digits", "hidden": (8, 8)}, {"data": "digits", "hidden": (16, 16), "mup_base": (8, 8)}),
+        ("mlp_mixer", {"data": "digits", "width": 8, "channel_hidden": 16}, {"data": "digits", "mup_base": 8}),
+        ("transformer_lm", {"width": 16, "depth": 1}, {"width": 32, "depth": 1, "mup_base": 16}),
+    ],
+)
+def test_base_of_a_wide_task(family, narrow, wide):
+    """Shapes of the narrow network, so that factors are those a user would compute from both."""
+    base = tasks.mup_base(family, wide)
+    assert base is not None
+    expected = params_of(tasks.make(family, **narrow))
+    assert jax.tree.map(lambda x: x.shape, params_of(base)) == jax.tree.map(lambda x: x.shape, expected)
+    assert tasks.mup_base(family, narrow) is None
+
+
+def test_meta_training_under_mup_multiplies_hidden_updates():
+    settings = {"data": "digits", "hidden": (16, 16)}
+    rule = rules.make("mulo", hidden=4)
+    theta = rule.init_theta(jax.random.key(0))
+    moved = {}
+    for base in (None, (8, 8)):
+        group = Group("image_mlp", settings | {"mup_base": base})
+        task = tasks.make(group.family, **group.settings)
+        # The parametrised task itself differs; here the same one is stepped with the factors and without.
+        inner = make_inner(
+            rule, tasks.make("image_mlp", **settings), horizon=Horizon(9, 9), multipliers=_multipliers(group, task)
+        )
+        particle = inner.reset(jax.random.key(1))
+        after, *_ = jax.jit(inner.step, compiler_options=FAST)(theta, particle, jax.random.key(2))
+        moved[base] = [
+            np.ravel(b - a) for a, b in zip(*map(jax.tree.leaves, (particle.params, after.params)), strict=True)
+        ]
+    ratios = [float(np.dot(b, a) / np.dot(a, a)) for a, b in zip(moved[None], moved[8, 8], strict=True)]
+    shapes = [x.shape for x in jax.tree.leaves(params_of(tasks.make("image_mlp", **settings)))]
+    assert (16, 16) in shapes
+    np.testing.assert_allclose(ratios, [0.5 if shape == (16, 16) else 1.0 for shape in shapes], rtol=1e-3)
