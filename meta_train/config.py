@@ -225,6 +225,7 @@ class Run:
     loss_limit: float = 3.0  # meta-losses above it count as this much, after normalising
     objective: str = "mean"  # of an episode's meta-losses; or the "final" one, or the mean of the "last" ones
     last_steps: int = 50  # inner steps of objective "last"
+    judge_average: bool = False  # meta-losses at the average that the rule keeps (its setting), not at the parameters
     normalise: str = "none"  # or divide meta-losses by the loss at "init", or by the group's "reference" loss
     stages: Stages = ()  # curriculum: later horizons and truncations, by growing start
     validation: Validation = Validation()

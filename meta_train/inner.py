@@ -93,6 +93,7 @@ def make_inner(
     reference_loss: float = 0.0,
     stagger: bool = False,
     multipliers: Any = None,
+    judge_average: bool = False,
 ) -> Inner:
     """Couple a rule and a task.
 
@@ -101,7 +102,7 @@ def make_inner(
       task: `task.data` may be traced.
       horizon: of inner runs.
       meta_loss: the loss on the "train" batch of the step (before its update, at no cost), on a "fresh" training batch
-        or on a "validation" batch (after the update, and of a rule with an average at that).
+        or on a "validation" batch (after the update).
       loss_limit: meta-losses above it, and non-finite ones, count as this much, after normalising.
       objective: the "mean" of an episode's meta-losses, the "final" one, or the mean of the "last" steps. Under these
         two a trajectory that diverges is left to run to its horizon, where its loss counts.
@@ -113,6 +114,8 @@ def make_inner(
       stagger: the clocks of the first particles start at a uniformly drawn time, so that their first episodes are cut
         short and they do not march in step.
       multipliers: tree like the task's params of factors of each tensor's direction (muP's), or None.
+      judge_average: measure meta-losses after the update at the average that the rule keeps (`lopt.eval_params`), not
+        at the parameters.
 
     Raises:
       ValueError: for an unknown name or a number out of range, and for a rule with a proximal operator on a task
@@ -129,6 +132,13 @@ def make_inner(
         raise ValueError(f"{where}: last_steps, got {last_steps}; valid: 1 to {horizon.low}, the shortest horizon.")
     if normalise == "reference" and not reference_loss > 0:
         raise ValueError(f"{where}: reference_loss, got {reference_loss}; valid: > 0, since losses are divided by it.")
+    averages = bool(rule.settings.get("average"))
+    if judge_average and (not averages or meta_loss == "train"):
+        raise ValueError(
+            f"{where}: judge_average, got True for rule {rule.name} with average={rule.settings.get('average')} and "
+            f"meta_loss={meta_loss!r}; valid: a rule that keeps an average, and a meta-loss after the update (fresh, "
+            "validation)."
+        )
     last = {"mean": 0, "final": 1, "last": last_steps}[objective]
     split = "validation" if meta_loss == "validation" else "train"
     value_and_grad = task.value_and_grad or jax.value_and_grad(task.loss)
@@ -146,6 +156,8 @@ def make_inner(
 
     def bind(theta: Any, num_steps: Any, phi: Any) -> optax.GradientTransformationExtraArgs:
         more: dict[str, Any] = {"mapped": True} if mappable(rule) else {}
+        if averages and not judge_average:
+            more["average"] = 0  # nobody would look at it
         if multipliers is not None:
             more["multipliers"] = multipliers
         if composite:

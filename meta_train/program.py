@@ -447,6 +447,7 @@ def _inner(run: cfg.Run, rule: LearnedOptimizer, task: tasks.Task, group: cfg.Gr
         reference_loss=group.reference_loss,
         stagger=run.horizon.stagger,
         multipliers=_multipliers(group, task),
+        judge_average=run.judge_average,
     )
 
 

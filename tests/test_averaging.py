@@ -123,22 +123,37 @@ def test_rules_have_one_or_not():
     assert rules.make("tiny", average=8.0).settings["average"] == 8.0
 
 
-def test_meta_loss_is_that_of_the_average():
+@pytest.mark.parametrize("judged", [False, True])
+def test_meta_loss_is_at_what_is_judged(judged):
     task = tasks.make("quadratic", dim=3, log10_noise=None)
     rule = rules.make("tiny", average=3.0)
     theta = rule.init_theta(jax.random.key(1))
-    inner = make_inner(rule, task, horizon=Horizon(9, 9), meta_loss="validation")
-    particle = inner.reset(jax.random.key(2))
+    inner = make_inner(rule, task, horizon=Horizon(9, 9), meta_loss="validation", judge_average=judged)
+    particle, seen = inner.reset(jax.random.key(2)), []
     for i in range(4):
         particle, value, *_ = inner.step(theta, particle, jax.random.key(i))
+        seen.append(particle.params)
+    average = seen[0]
+    for t, p in enumerate(seen[1:], 2):
+        average = average + 4 / (t + 3) * (p - average)
     batch = task.batch(jax.random.key(5), particle.phi, task.data, "validation")
+    at_average, at_params = (
+        float(task.loss(x, jax.random.key(6), particle.phi, batch)) for x in (average, particle.params)
+    )
+    np.testing.assert_allclose(value, at_average if judged else at_params, rtol=1e-5)
+    assert abs(at_average - at_params) > 1e-3 * at_params
+    assert isinstance(particle.opt_state, Averaged) == judged  # else it costs nothing
 
-    def loss(params):
-        return task.loss(params, jax.random.key(6), particle.phi, batch)
 
-    average = lopt.eval_params(particle.opt_state, particle.params)
-    np.testing.assert_allclose(value, loss(average), rtol=1e-6)
-    assert abs(loss(particle.params) - value) > 1e-4 * abs(value)
+def test_an_average_that_is_judged_has_to_be_kept():
+    task = tasks.make("quadratic", dim=3)
+    for average, meta_loss in ((0.0, "validation"), (8.0, "train")):
+        rule = rules.make("tiny", average=average)
+        with pytest.raises(ValueError, match="judge_average"):
+            make_inner(rule, task, horizon=Horizon(9, 9), meta_loss=meta_loss, judge_average=True)
+    rule = rules.make("nn_adam")
+    with pytest.raises(ValueError, match="judge_average"):
+        make_inner(rule, task, horizon=Horizon(9, 9), judge_average=True)
 
 
 def test_the_suite_judges_by_the_average():

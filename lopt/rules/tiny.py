@@ -120,7 +120,7 @@ def tiny(
       fan_in: tensors of rank >= 2 are taken to have a root mean square of fan_in/sqrt(n) at least, not min_rms, n the
         product of all axes but the last, of which there are inputs to a unit where matrices are [in, out]. 0: min_rms.
       average: power of the average of the parameters that `lopt.eval_params` reads, see `lopt.averaged`; 0: none.
-        Meta-training judges a step by it. `bind(…, average=)` overrides it.
+        `bind(…, average=)` overrides it.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 

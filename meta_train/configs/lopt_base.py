@@ -30,8 +30,6 @@ RUN = Run(
     groups=(
         Group("image_mlp", {**IMAGES, "hidden": [32], "log10_init_scale": 0.5}, 0.5, 0.35),
         Group("image_mlp", {**IMAGES, **SCALE, "hidden": [48, 48], "augment": NOISY}, 0.5, 0.40),
-        Group("image_mlp", {**IMAGES, **SCALE, "hidden": [32, 32], "activation": "tanh", "loss": "squared"}, 0.5, 0.25),
-        Group("mlp_mixer", {**IMAGES, **SCALE, "patch": 4, "depth": 1, "width": 16, "batch_size": 16}, 0.5, 0.37),
         Group("autoencoder", {**IMAGES, **SCALE, "hidden": [32], "code": 8}, 1.5, 0.186),
         Group("cnn", {**IMAGES, **SCALE, "channels": [4, 8], "batch_size": 32}, 0.5, 0.346),
         Group("rnn_lm", {**TEXT, **SCALE, "embedding": 16, "length": 12}, 1.5, 2.2),
