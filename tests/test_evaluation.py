@@ -1427,8 +1427,8 @@ def test_the_cost_of_a_tuning_is_printed_and_fits(monkeypatch, capsys):
     for suite, hours in (("mini", 2), ("heldout", 12)):
         assert cli.main(["tune", "--suite", suite, "--dry-run"]) == 0
         todo = session.jobs(suites.SUITES[suite], commands.entrants("defaults"))
-        # Each of twelve, AdamW for two shorter horizons, and it and the control once.
-        assert len(todo) == len(suites.SUITES[suite]) * (12 + 2 + 2)
+        # Each baseline, AdamW for two shorter horizons, and it and the control once.
+        assert len(todo) == len(suites.SUITES[suite]) * (len(suites.DEFAULT_BASELINES) + 2 + 2)
         assert f"{len(todo)} cells" in capsys.readouterr().out.splitlines()[-1]
         assert session.seconds(todo) / 2 <= hours * 3600  # on two cores
 
