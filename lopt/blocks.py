@@ -65,6 +65,10 @@ class Cut:
             view = _put(view, x.reshape(1, *view.shape[1:]), [k * count + i])
         return view
 
+    def settled(self, parts: Any) -> Any:
+        """See `Stack`."""
+        return parts
+
     def windows(self, size: int) -> int:
         """In how many parts an array of low precision with so many bytes is written, see `LOW`."""
         least = min(math.ceil(size / WINDOW), self.count)
@@ -99,8 +103,13 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """How equal tensors in a stack are cut into as many at once; every array has the leading axis."""
+    """How equal tensors in a stack are cut into as many at once; every array has the leading axis.
 
+    Arrays that have one axis more than that and the tensor's, between them, are seen as tuples: XLA does not vectorise
+    a loop that reads a part of a dynamic slice.
+    """
+
+    shape: tuple[int, ...]  # of a tensor
     length: int
     size: int  # a divisor of the length
 
@@ -112,16 +121,34 @@ class Stack:
         # No axis over batches: XLA gives one of length 1 another place in memory and copies the stack to get there.
         return x
 
-    def read(self, view: jax.Array, i: Any, like: Any) -> jax.Array:
-        return _slice(view, [i * self.size], (self.size, *view.shape[1:]))
+    def read(self, view: jax.Array, i: Any, like: Any) -> Any:
+        # Of n x 1 a factored average looks like a momentum, and is not read element by element.
+        whole = like.ndim != len(self.shape) + 2 or like.shape[2:] != self.shape or 1 in self.shape
+        if whole:
+            return _slice(view, [i * self.size], (self.size, *view.shape[1:]))
+        shape = (self.size, 1, *self.shape)
+        parts = [_slice(view, [i * self.size, k], shape) for k in range(like.shape[1])]
+        return tuple(part.reshape(self.size, *self.shape) for part in parts)
 
-    def write(self, view: jax.Array, part: jax.Array, i: Any) -> jax.Array:
-        return _put(view, part, [i * self.size])
+    def write(self, view: jax.Array, part: Any, i: Any) -> jax.Array:
+        if not isinstance(part, tuple):
+            return _put(view, part, [i * self.size])
+        for k, x in enumerate(part):
+            view = _put(view, x[:, None], [i * self.size, k])
+        return view
+
+    def settled(self, parts: Any) -> Any:
+        """Parts that were read, those smaller than tensors in memory: XLA does not vectorise a loop in which they are
+        read by a slice."""
+        flat, treedef = jax.tree.flatten(parts)
+        small = {k: x for k, x in enumerate(flat) if x.shape[1:] != self.shape}
+        small = _once(lambda _: small, jax.tree.map(jnp.zeros_like, small)) if small else small
+        return treedef.unflatten([small.get(k, x) for k, x in enumerate(flat)])
 
     def windows(self, size: int) -> int:
         return 1  # a stack is small
 
-    def take(self, x: jax.Array, i: Any) -> jax.Array:
+    def take(self, x: jax.Array, i: Any) -> Any:
         return self.read(x, i, x)
 
     def add(self, total: jax.Array, part: jax.Array, i: Any) -> jax.Array:
@@ -202,7 +229,7 @@ def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measur
             ]
 
         def block(into: list[jax.Array], i: Any) -> Any:
-            new, parts = f(read(into, i), jax.tree.map(lambda x: cut.take(_varying(x, i), i), xs))
+            new, parts = f(*cut.settled((read(into, i), jax.tree.map(lambda x: cut.take(_varying(x, i), i), xs))))
             return jax.tree.map(precision.wide, new), parts
 
         # A block is written one iteration late. Were it read and written in the same one, XLA would see no order
@@ -237,6 +264,15 @@ def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measur
         return measure(jax.tree.map(precision.wide, buffers)) if measure else f(buffers, xs)[1]
 
     results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(all_results, buffers, xs))
+    if cut.count == 1:
+        # A loop all the same: what it wrote is in memory, where XLA would compute the network once more for every
+        # tensor that is taken out of a stack.
+        def at_once(carry: Any) -> Any:
+            new, parts = f(jax.tree.map(lambda x, old: x.astype(old.dtype), carry[0], buffers), xs)
+            return jax.tree.map(precision.wide, new), () if measure else parts
+
+        new, parts = _once(at_once, (jax.tree.map(precision.wide, buffers), () if measure else results))
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), measure(new) if measure else parts
     views = [cut.view(x) for x in flat]
     if windows > 1:
         views, results = jax.lax.fori_loop(0, windows, window, (views, results))
@@ -324,24 +360,29 @@ def _sums(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     return jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes)
 
 
-def unstack(tree: Any, n: int, zero: jax.Array) -> list[Any]:
-    """The n entries along the leading axis of all arrays.
-
-    Args:
-      tree: pytree of arrays [n, …].
-      n: how many.
-      zero: () int32, 0 in a way that XLA does not see.
-    """
-    if n == 1:
-        return [jax.tree.map(lambda x: x[0], tree)]
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The entries along the leading axis."""
+    if x.shape[0] == 1:
+        return [x[0]]
     # XLA compiles a kernel for every slice at an index it knows, and one for all that it does not. The roots keep it
     # from adding the indices up: i² is (i - 1)² + … computed as it goes.
-    root, out = zero.astype(jnp.float32), []
-    for _ in range(n):
+    root, out = hidden(0).astype(jnp.float32), []
+    for _ in range(x.shape[0]):
         i = jnp.round(root * root).astype(jnp.int32)
-        out.append(jax.tree.map(lambda x, i=i: _slice(x, [i], (1, *x.shape[1:]))[0], tree))
+        out.append(_slice(x, [i], (1, *x.shape[1:]))[0])
         root = jnp.sqrt(root * root + 1)
     return out
+
+
+def hidden(n: int) -> jax.Array:
+    """() int32 n in a way that XLA does not see."""
+    return _once(lambda _: jnp.int32(n), jnp.int32(0))
+
+
+def _once(f: Callable[[Any], Any], x: Any) -> Any:
+    """f(x), of the same shapes and types, by a loop whose end depends on two of its variables."""
+    start = jnp.int32(0), jnp.int32(1), x
+    return jax.lax.while_loop(lambda c: c[0] + c[1] < 2, lambda c: (c[0] + 1, c[1] + 2, f(c[2])), start)[2]
 
 
 def derivable(f: Callable[..., Any]) -> Callable[..., Any]:

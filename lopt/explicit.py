@@ -29,6 +29,11 @@ def shardings(mesh: Any, params: Any, tree: Any) -> Any:
     return _named(mesh, sharded.specs_like(specs, params, tree))
 
 
+def spec_of(x: Any) -> Any:
+    """Its `PartitionSpec`, or None where no axis is explicit."""
+    return None if mesh_of(x) is None else jax.typeof(x).sharding.spec
+
+
 def replicated(mesh: Any, tree: Any) -> Any:
     return _named(mesh, sharded.replicated(tree))
 

@@ -134,18 +134,20 @@ def move(
     f: Callable[..., tuple[Array, Accumulators]],
     rows: Rows | None,
     scaled: Scaled | None = None,
+    extra: Any = None,
 ) -> tuple[Moved, Accumulators]:
-    """`Tensor.move` for a state of accumulators, f: `(g, p, acc, rows) -> (direction, acc)`."""
+    """`Tensor.move` for a state of accumulators, f: `(g, p, acc, extra) -> (direction, acc)`; extra is rows if None."""
+    extra = rows if extra is None else extra
     if rows is None:
-        return tensor.move(f, tensor.state, None, scaled)
+        return tensor.move(f, tensor.state, extra, scaled)
     acc = tensor.state
     factored: dict[str, Any] = {"row": None, "col": None}
 
-    def block(g, p, large, rows):
-        direction, new = f(g, p, large, rows)
+    def block(g, p, large, extra):
+        direction, new = f(g, p, large, extra)
         return direction, new._replace(**factored)
 
-    moved, large = tensor.move(block, acc._replace(**factored), rows, scaled)
+    moved, large = tensor.move(block, acc._replace(**factored), extra, scaled)
     return moved, large._replace(row=tensor.keep(rows.row, acc.row), col=tensor.keep(rows.col, acc.col))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from lopt import blocks, precision
 
-STACK = 42 << 20  # bytes of a stack of equal tensors, which is a copy of them and their state
+# What is stacked says what a state looks like: with other numbers saved states do not fit.
+STACK = 1 << 21  # elements of a stack of equal tensors, which is a copy of them and their gradients
 STACKED = 1 << 18  # elements of tensors that are too large to be stacked; they are worth loops of their own
 
 
@@ -275,26 +276,19 @@ class Group(NamedTuple):
 
     leaf: Leaf  # of the first
     indices: tuple[int, ...]  # of each among all tensors
-    given: tuple[Given, ...]
+    given: tuple[Given, ...]  # without state
+    state: Any  # the rule's of all, with a leading axis over them unless one is alone
     ok: jax.Array | None  # [size] bool, see `Given`
     step: Step
     change: Callable[[jax.Array], jax.Array]
     turns: Turns
+    ready: Given | None = None  # `given` stacked, where all stacks together are small
 
     def stacked(self) -> Given:
-        """With a leading axis as long as `_batches` wants it: the last tensor is repeated."""
-        batches = self._batches()
-        more = 0 if batches is None else batches.length - self.size
-        stacked = jax.tree.map(lambda *xs: self.turns.stack(xs), *self.given, *[self.given[-1]] * more)
-        return stacked._replace(ok=self._padded(self.ok))
-
-    def _padded(self, tree: Any) -> Any:
-        """Arrays that have an axis over the tensors, lengthened in the same way."""
-        batches = self._batches()
-        if batches is None or batches.length == self.size:
-            return tree
-        repeated = np.minimum(np.arange(batches.length), self.size - 1)
-        return jax.tree.map(lambda x: x[repeated], tree)
+        """With a leading axis."""
+        stacked = self.ready or jax.tree.map(lambda *xs: self.turns.stack(xs), *self.given)
+        state = self.state if self.size > 1 else jax.tree.map(lambda x: x[None], self.state)
+        return stacked._replace(state=state, ok=self.ok)
 
     @property
     def size(self) -> int:
@@ -306,8 +300,8 @@ class Group(NamedTuple):
         return self.given[0].p.shape
 
     def where(self, ok: jax.Array) -> Group:
-        """With bools [size] of which gradients are ok, but where there are none."""
-        return self if self.ok is not None else self._replace(ok=ok)
+        """With bools [size] of which gradients are ok besides being there."""
+        return self._replace(ok=ok if self.ok is None else self.ok & ok)
 
     def each(self, f: Callable[[Tensor], Any]) -> Any:
         """f of every tensor, where f gives small arrays; these with a leading axis."""
@@ -317,13 +311,13 @@ class Group(NamedTuple):
 
         results = blocks.over(some, (), self.stacked(), self._batches())[1]
         self.turns.took(jax.tree.leaves(results)[0])
-        return jax.tree.map(lambda x: x[: self.size], results)
+        return results
 
-    def update(self, rule: Rule, common: Any, own: Any) -> tuple[list[tuple[jax.Array, Any]], jax.Array]:
+    def update(self, rule: Rule, common: Any, own: Any) -> tuple[list[jax.Array], Any, jax.Array]:
         """Apply the rule to every tensor; `own` has a leading axis.
 
         Returns:
-          Update and state of each, and [size] mean squares of the updates.
+          The update of each, the state of all, and [size] mean squares of the updates.
         """
 
         def run(whole: bool, given: Given, step: Step, common: Any, own: Any) -> tuple[Moved, Any]:
@@ -351,10 +345,12 @@ class Group(NamedTuple):
             )
             return Moved(u, _pooled(self.leaf, mean_square)), state
 
-        moved, state = blocks.derivable(run)(self.stacked(), self.step, common, self._padded(own))
-        results = blocks.unstack((moved.update, state), self.size, jnp.minimum(self.step.count, 0))
-        self.turns.took(results[-1][0])
-        return results, moved.mean_square[: self.size]
+        moved, state = blocks.derivable(run)(self.stacked(), self.step, common, own)
+        updates = blocks.unstack(moved.update)
+        self.turns.took(updates[-1])
+        if self.size == 1:
+            state = jax.tree.map(lambda x: x[0], state)
+        return updates, state, moved.mean_square
 
     def _tensor(self, given: Given, whole: bool) -> Tensor:
         return Tensor(self.leaf, given, self.step, self.change, None if whole else blocks.cut(self.shape), plain=whole)
@@ -367,56 +363,62 @@ class Group(NamedTuple):
         return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
 
     def _batches(self) -> blocks.Stack | None:
-        """As many tensors at once as make a block; two batches at least, since what a loop wrote is in memory.
-
-        Else XLA would compute the network once more for every tensor that is taken out of the stack.
-        """
+        """As many tensors at once as make a block, or somewhat fewer, where their number has such a divisor."""
         if self.size == 1:
             return None
         most = max(1, blocks.BLOCK // math.prod(self.shape))
-        count = max(2, math.ceil(self.size / most))
-        at_once = math.ceil(self.size / count)
-        return blocks.Stack(count * at_once, at_once)
+        return blocks.Stack(self.shape, self.size, max(n for n in range(1, most + 1) if self.size % n == 0))
 
 
 Rule = Callable[[Tensor, Any, Any], tuple[Moved, Any]]
 
 
-def groups(
-    leaves: Sequence[Leaf],
-    given: Sequence[Given],
-    step: Callable[[Leaf], Step],
-    change: Callable[[jax.Array], jax.Array],
-) -> list[Group]:
-    """All tensors, those stacked that are equal and small.
+def stacks(leaves: Sequence[Leaf], kinds: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Which tensors are updated together, and have one state: equal ones, if they are small.
 
     Args:
       leaves: what is known of each.
-      given: what comes with each; a gradient that is missing is 0.
+      kinds: in what else tensors of a stack agree.
+    """
+    equal: dict[Any, list[int]] = defaultdict(list)
+    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        alone = i if math.prod(leaf.shape) >= STACKED else None
+        equal[alone, leaf._replace(path=""), kind].append(i)
+    found = []
+    for indices in equal.values():
+        most = max(1, STACK // math.prod(leaves[indices[0]].shape))
+        found += [tuple(indices[i : i + most]) for i in range(0, len(indices), most)]
+    return found
+
+
+def groups(
+    leaves: Sequence[Leaf],
+    given: Sequence[Given],
+    stacks: Sequence[tuple[int, ...]],
+    step: Callable[[Leaf], Step],
+    change: Callable[[jax.Array], jax.Array],
+) -> list[Group]:
+    """All tensors, stacked.
+
+    Args:
+      leaves: what is known of each.
+      given: what comes with each; a gradient that is missing is 0. The state of a stack comes with its first tensor.
+      stacks: of `stacks`.
       step: of a leaf.
       change: see `Tensor`.
     """
-    kinds: dict[Any, list[int]] = defaultdict(list)
-    for i, (leaf, one) in enumerate(zip(leaves, given, strict=True)):
-        arrays, treedef = jax.tree.flatten(one)
-        alone = i if jnp.size(one.p) >= STACKED else None
-        kinds[alone, leaf._replace(path=""), treedef, tuple(jnp.result_type(x) for x in arrays)].append(i)
-
     turns = Turns()
+    small = sum(math.prod(leaves[i].shape) for indices in stacks if len(indices) > 1 for i in indices) <= STACK
 
-    def group(indices: list[int]) -> Group:
-        leaf = leaves[indices[0]]
-        some = tuple(_shaped(given[i]) for i in indices)
-        still = jnp.zeros(len(indices), bool) if given[indices[0]].g is None else None
-        return Group(leaf, tuple(indices), some, still, step(leaf), change, turns)
+    def group(indices: tuple[int, ...]) -> Group:
+        leaf, state = leaves[indices[0]], given[indices[0]].state
+        there = [given[i].g is not None for i in indices]
+        some = tuple(_shaped(given[i])._replace(state=None) for i in indices)
+        ok = None if all(there) else jnp.asarray(there)
+        ready = jax.tree.map(lambda *xs: turns.stack(xs), *some) if small and len(some) > 1 else None
+        return Group(leaf, indices, some, state, ok, step(leaf), change, turns, ready)
 
-    def parts(indices: list[int]) -> list[list[int]]:
-        most = max(
-            1, STACK // sum(jnp.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(given[indices[0]]))
-        )
-        return [indices[i : i + most] for i in range(0, len(indices), most)]
-
-    return [group(part) for indices in kinds.values() for part in parts(indices)]
+    return [group(indices) for indices in stacks]
 
 
 def _shaped(given: Given) -> Given:

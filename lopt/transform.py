@@ -22,7 +22,7 @@ import optax
 
 from lopt import averaging, explicit, precision, sharded
 from lopt.base import LearnedOptimizer, unknown
-from lopt.tensor import Given, Group, Leaf, Moved, Step, Tensor, groups
+from lopt.tensor import Given, Group, Leaf, Moved, Step, Tensor, groups, stacks
 
 Schedule = Callable[[jax.Array, Any], Any]
 Labels = Callable[[str, Any], str | Iterable[str] | None] | None
@@ -45,9 +45,23 @@ class State(NamedTuple):
 
     count: jax.Array  # () int32, updates so far
     skipped: jax.Array  # () int32, leaf updates skipped because their gradient was not finite
-    leaves: Any  # like params: the rule's state of each tensor
+    leaves: Any  # like params: the rule's state of each tensor, see `Plan.stacks`
     shared: Any  # the rule's state across tensors, () if it has none
     update_rms: Any  # dict of () root mean squares of the last update, by label (see `Leaf.group`)
+
+
+class Plan(NamedTuple):
+    """What is known of the parameters before they are traced."""
+
+    about: list[Leaf | None]  # one a leaf; None where nothing is to be done (frozen or empty leaves)
+    # Which are updated together, by their indices among those that are not None. The first of a stack has the state
+    # of all, with an axis over them in front, and the others have none.
+    stacks: list[tuple[int, ...]]
+
+    @property
+    def live(self) -> list[tuple[int, Leaf]]:
+        """With indices among all leaves."""
+        return [(i, leaf) for i, leaf in enumerate(self.about) if leaf is not None]
 
 
 def each_alone(together: list[Group], shared: Any, told: Told) -> tuple[Any, list[Any], Any]:
@@ -64,6 +78,7 @@ class Arithmetic(NamedTuple):
     prepare: `(groups, shared, told) -> (common, own, shared)`: what comes before, across tensors; `own` of each group,
       with an axis over its tensors.
     init_shared: `leaves -> state across tensors`.
+    stacked: whether equal small tensors have one state.
     clean: `gradient -> gradient`, before it is asked whether it is finite.
     decay: `(Leaf, weight_decay) -> weight decay of the tensor`, what `bind` was given unless an original has its own.
     """
@@ -73,6 +88,7 @@ class Arithmetic(NamedTuple):
     theta: Any
     prepare: Callable[[list[Group], Any, Told], tuple[Any, list[Any], Any]] = each_alone
     init_shared: Callable[[list[Leaf]], Any] = lambda leaves: ()
+    stacked: bool = True
     clean: Callable[[jax.Array], jax.Array] = lambda g: g
     decay: Callable[[Leaf, Any], Any] = lambda leaf, weight_decay: weight_decay
 
@@ -215,14 +231,22 @@ def as_optax(
         raise unknown(where, "accumulators", accumulators, precision.ACCUMULATORS)
     unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
-    def describe(params) -> list[Leaf | None]:
-        """One entry a leaf of params; None where nothing is to be done (frozen or empty leaves)."""
-        return [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
+    def planned(params) -> Plan:
+        about = [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
+        leaves = jax.tree.leaves(params)
+        if mesh is not None:
+            flat = sharded.flat_specs(where, mesh, specs, params)
+            ranked = zip(about, flat, strict=True)
+            about = [a and a._replace(axes=sharded.names(spec, len(a.shape))) for a, spec in ranked]
+        live = [(a, p) for a, p in zip(about, leaves, strict=True) if a is not None]
+        kinds = [(jnp.result_type(p), explicit.spec_of(p)) for _, p in live]
+        return Plan(about, stacks([a for a, _ in live], kinds if arithmetic(theta).stacked else range(len(live))))
 
     def init(params) -> State:
+        begin = functools.partial(start, planned(params))
         if mesh is None:
-            return _explicit(start, params, None, theta, params)
-        state = start(theta, params)
+            return _explicit(begin, params, None, theta, params)
+        state = begin(theta, params)
         return sharded.place(mesh, state_specs(params, state), state)
 
     def state_specs(params, state) -> State:
@@ -238,15 +262,18 @@ def as_optax(
 
         return jax.tree.map(one, state) if jnp.ndim(p) > 1 else state
 
-    def start(theta, params) -> State:
+    def start(plan: Plan, theta, params) -> State:
         rule = arithmetic(theta)
         leaves, treedef = jax.tree.flatten(params)
-        about = describe(params)
-        states = [
-            None if a is None else stored(rule.init_leaf(a, precision.wide(jnp.atleast_1d(p))), p)
-            for a, p in zip(about, leaves, strict=True)
-        ]
-        live = [a for a in about if a is not None]
+        states: list[Any] = [None] * len(leaves)
+        for indices in plan.stacks:
+            places = [plan.live[j][0] for j in indices]
+            each = [
+                stored(rule.init_leaf(plan.about[i], precision.wide(jnp.atleast_1d(leaves[i]))), leaves[i])
+                for i in places
+            ]
+            states[places[0]] = each[0] if len(each) == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+        live = [a for _, a in plan.live]
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
         zero = jnp.zeros((), jnp.int32)
         return _apart(State(zero, zero, treedef.unflatten(states), rule.init_shared(live), rms))
@@ -261,34 +288,32 @@ def as_optax(
         del extra_args  # optax's convention: a transform ignores what it does not need
         told = Told(state.count, num_steps, _loss(where, needs, params, value))
         factors = _factors(where, params, multipliers)
-        whole = describe(params)
+        apply = functools.partial(step, planned(params))
         if mesh is None:
-            apply = functools.partial(step, whole)
             return _explicit(apply, params, state, theta, (lr, weight_decay, factors), told, updates, state, params)
         flat = sharded.flat_specs(where, mesh, specs, params)
-        parts = [a and a._replace(axes=sharded.names(spec, len(a.shape))) for a, spec in zip(whole, flat, strict=True)]
         own = jax.tree.structure(params).unflatten(flat), state_specs(params, state)
         like = sharded.specs_like(flat, params, updates), own[1], own[0]
         bound, arrays = _arrays_apart((theta, (lr, weight_decay, factors), told))
 
         def run(arrays, updates, state, params):
             theta, hyper, told = bound(arrays)
-            return step(parts, theta, hyper, told, updates, state, params)
+            return apply(theta, hyper, told, updates, state, params)
 
         in_specs = (sharded.replicated(arrays), *like)
         mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=own, check_vma=False)
         return mapped(arrays, updates, state, params)
 
-    def step(about, theta, hyper, told, updates, state, params):
+    def step(plan, theta, hyper, told, updates, state, params):
         (lr, weight_decay, factors), rule = hyper, arithmetic(theta)
         p_leaves, treedef = jax.tree.flatten(params)
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
-        live = {i: a for i, a in enumerate(about) if a is not None}
         rate = lr * unit_schedule(state.count, told.num_steps)
 
-        given = [Given(g_leaves[i], p_leaves[i], states[i], factors[i]) for i in live]
-        leaves = list(live.values())
-        together = groups(leaves, given, lambda leaf: step_of(leaf, rate, state.count, rule, weight_decay), rule.clean)
+        given = [Given(g_leaves[i], p_leaves[i], states[i], factors[i]) for i, _ in plan.live]
+        leaves = [leaf for _, leaf in plan.live]
+        about_step = lambda leaf: step_of(leaf, rate, state.count, rule, weight_decay)  # noqa: E731
+        together = groups(leaves, given, plan.stacks, about_step, rule.clean)
         ok = _finite(together, nonfinite)
         if ok is not None:
             ok, told = _with_loss(ok, told)
@@ -308,12 +333,13 @@ def as_optax(
             shared = jax.tree.map(lambda n, o: jnp.where(happened, n, o), shared, state.shared)
             count = state.count + happened.astype(jnp.int32)
             skipped = skipped + jnp.sum(~every, dtype=jnp.int32)
-        out, places = [None if i in live else _nothing(x) for i, x in enumerate(p_leaves)], list(live)
-        for group, (moved, _) in zip(together, results, strict=True):
-            for j, (u, new) in zip(group.indices, moved, strict=True):
-                i = places[j]
-                out[i], states[i] = u.reshape(jnp.shape(p_leaves[i])), new
-        rms = _rms_by_group(together, [squares for _, squares in results]) if diagnostics else None
+        out = [_nothing(p) if leaf is None else None for p, leaf in zip(p_leaves, plan.about, strict=True)]
+        places = [i for i, _ in plan.live]
+        for group, (moved, new, _) in zip(together, results, strict=True):
+            states[places[group.indices[0]]] = new
+            for j, u in zip(group.indices, moved, strict=True):
+                out[places[j]] = u.reshape(jnp.shape(p_leaves[places[j]]))
+        rms = _rms_by_group(together, [squares for *_, squares in results]) if diagnostics else None
         return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)

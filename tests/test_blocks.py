@@ -114,13 +114,33 @@ def test_every_rank_in_blocks(shape, monkeypatch):
     ],
 )
 def test_stacks_change_nothing(name, block, dtype, monkeypatch):
-    """Five equal matrices and five equal vectors, by so many at once and then in loops over the stack."""
-    shapes = {f"m{i}": (4, 3) for i in range(5)} | {f"v{i}": (5,) for i in range(5)}
-    monkeypatch.setattr(tensor, "STACKED", 0)
-    expected = wide(two_steps(name, shapes, dtype))
-    monkeypatch.undo()
+    """Six equal matrices and six equal vectors, all at once and then two or three, in loops over the stack."""
+    shapes = {f"m{i}": (4, 3) for i in range(6)} | {f"v{i}": (5,) for i in range(6)}
+    updates, state = two_steps(name, shapes, dtype)
     set_block(monkeypatch, block)
-    close(wide(two_steps(name, shapes, dtype)), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-4)
+    monkeypatch.setattr(tensor, "STACKED", 0)
+    expected, alone = wide(two_steps(name, shapes, dtype))
+    rtol = 1e-2 if dtype == "bfloat16" else 1e-4
+    close(wide(updates), expected, rtol=rtol)
+    stacked = [state.leaves[k] for k in shapes]
+    assert [x is None for x in stacked] == [i % 6 > 0 for i in range(12)]
+    for i, k in enumerate(shapes):
+        own = jax.tree.map(lambda x, i=i: x[i % 6], stacked[i - i % 6])
+        close(wide(own), alone.leaves[k], rtol=rtol)
+
+
+def test_a_stack_with_a_gradient_that_is_missing_and_one_that_is_not_finite(monkeypatch):
+    params, grads = (tree(i, {f"m{i}": (4, 3) for i in range(4)}) for i in (1, 2))
+    grads |= {"m1": None, "m2": grads["m2"].at[0, 0].set(jnp.nan)}
+    rule, theta = built("small_fc")
+    tx = rule.bind(theta)
+    updates, state = tx.update(grads, tx.init(params), params)
+    monkeypatch.setattr(tensor, "STACKED", 0)
+    expected, alone = tx.update(grads, tx.init(params), params)
+    close(updates, expected)
+    assert [bool(u.any()) for u in updates.values()] == [True, False, False, True]
+    assert int(state.skipped) == int(alone.skipped) == 1
+    close(state.leaves["m0"], jax.tree.map(lambda *xs: jnp.stack(xs), *alone.leaves.values()))
 
 
 # The direction of the second is rounded before it is scaled, and the decay added to it.
@@ -193,6 +213,18 @@ def test_factored_axes_that_are_not_averaged_over():
         return tx.update(g, tx.init(p), p)[0]
 
     close(jit(update)(g), jit(lambda g: jax.jvp(update, (g,), (g,))[0])(g))  # derivatives see whole tensors
+
+
+def test_celo2_in_blocks_of_more_than_two_axes(monkeypatch):
+    """Its scales differ along the axes before the last two."""
+    rule = rules.make("celo2", newton_schulz=False, hidden=2)
+    tx, p, g = rule.bind(rule.init_theta(jax.random.key(0))), *(tree(i, {"c": (5, 4, 6, 2)}) for i in (1, 2))
+    expected = tx.update(g, tx.init(p), p)
+    set_block(monkeypatch, 12)
+    cut = blocks.cut((5, 4, 6, 2))
+    assert cut is not None
+    assert cut.count > 5
+    close(tx.update(g, tx.init(p), p), expected)
 
 
 def temporary(tx, shapes, dtype):

@@ -135,7 +135,8 @@ def celo2(
                 acc = F.accumulate(acc, g, rows, decays)
                 return inputs(acc, g, p, rows, rsqrt_eps)[: INPUTS if rank >= 2 else UNFACTORED_INPUTS], acc
 
-            def direction(g, p, acc, rows):
+            def direction(g, p, acc, extra):
+                rows, scales = extra  # the scales too are cut: they differ along the axes before the last two
                 xs, acc = features(g, p, acc, rows)
                 direction, magnitude, _ = F.mlp(theta.mlp, xs, scales, g.shape, None)
                 return direction * jnp.exp(magnitude * exp_mult) * size, acc
@@ -145,7 +146,7 @@ def celo2(
             size = jnp.sqrt(tensor.mean_square() + 1e-9) if param_scale else 1.0
             matrices = F.orthogonalize if newton_schulz and rank >= 2 else None
             scaled = Scaled(lambda square: jax.lax.rsqrt(square + 1e-9) * rms_mult, last_two, matrices)
-            return F.move(tensor, direction, rows, scaled)
+            return F.move(tensor, direction, rows, scaled, (rows, scales))
 
         def decay(leaf: Leaf, weight_decay):
             if not under_adam(leaf):

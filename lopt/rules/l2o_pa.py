@@ -247,7 +247,8 @@ def l2o_pa(
             "l2o_pa",
             settings,
             init_theta,
-            lambda theta: Arithmetic(functools.partial(init_leaf, theta[2]), step, theta),
+            # No stacks: ∇f(x) is put into the state of every tensor.
+            lambda theta: Arithmetic(functools.partial(init_leaf, theta[2]), step, theta, stacked=False),
         ).bind((theta, lipschitz, r), **options)
         return bound if "b" not in parts else _told_gradients_at_x(bound)
 
