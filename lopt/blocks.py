@@ -360,18 +360,37 @@ def _sums(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     return jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes)
 
 
+def stack(xs: Sequence[jax.Array]) -> jax.Array:
+    """`jnp.stack`; what is of one low precision is not converted on the way, as XLA would (see `LOW`)."""
+
+    def stacked(whole: bool, *xs: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(*xs)
+        if whole or dtype not in LOW:
+            return jnp.stack(xs)
+        return _floats(jnp.stack([_bits(x, dtype) for x in xs]), dtype)
+
+    return derivable(stacked)(*xs)
+
+
 def unstack(x: jax.Array) -> list[jax.Array]:
     """The entries along the leading axis."""
     if x.shape[0] == 1:
         return [x[0]]
-    # XLA compiles a kernel for every slice at an index it knows, and one for all that it does not. The roots keep it
-    # from adding the indices up: i² is (i - 1)² + … computed as it goes.
-    root, out = hidden(0).astype(jnp.float32), []
-    for _ in range(x.shape[0]):
-        i = jnp.round(root * root).astype(jnp.int32)
-        out.append(_slice(x, [i], (1, *x.shape[1:]))[0])
-        root = jnp.sqrt(root * root + 1)
-    return out
+
+    def apart(whole: bool, x: jax.Array) -> list[jax.Array]:
+        if whole:
+            return list(x)
+        # XLA compiles a kernel for every slice at an index it knows, and one for all that it does not. The roots keep
+        # it from adding the indices up: i² is (i - 1)² + … computed as it goes.
+        bits = _bits(x, x.dtype) if x.dtype in LOW else x
+        root, out = hidden(0).astype(jnp.float32), []
+        for _ in range(x.shape[0]):
+            i = jnp.round(root * root).astype(jnp.int32)
+            out.append(_floats(_slice(bits, [i], (1, *x.shape[1:]))[0], x.dtype))
+            root = jnp.sqrt(root * root + 1)
+        return out
+
+    return derivable(apart)(x)
 
 
 def hidden(n: int) -> jax.Array:

@@ -265,7 +265,7 @@ class Turns:
             return first[None]
         if self.wait is not None:
             first = jnp.where(self.wait, jnp.zeros_like(first), first)
-        return jnp.stack([first, *others])
+        return blocks.stack([first, *others])
 
 
 class Group(NamedTuple):
