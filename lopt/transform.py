@@ -267,12 +267,13 @@ def as_optax(
         leaves, treedef = jax.tree.flatten(params)
         states: list[Any] = [None] * len(leaves)
         for indices in plan.stacks:
-            places = [plan.live[j][0] for j in indices]
+            members = [plan.live[j] for j in indices]
             each = [
-                stored(rule.init_leaf(plan.about[i], precision.wide(jnp.atleast_1d(leaves[i]))), leaves[i])
-                for i in places
+                stored(rule.init_leaf(leaf, precision.wide(jnp.atleast_1d(leaves[i]))), leaves[i])
+                for i, leaf in members
             ]
-            states[places[0]] = each[0] if len(each) == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+            first = members[0][0]
+            states[first] = each[0] if len(each) == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *each)
         live = [a for _, a in plan.live]
         rms = {a.group: jnp.zeros((), jnp.float32) for a in live} if diagnostics else None
         zero = jnp.zeros((), jnp.int32)
@@ -310,6 +311,14 @@ def as_optax(
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         rate = lr * unit_schedule(state.count, told.num_steps)
 
+        for indices in plan.stacks:
+            first, *others = [plan.live[j] for j in indices]
+            lengths = {x.shape[0] for x in jax.tree.leaves(states[first[0]]) if others}
+            if states[first[0]] is None or any(states[i] is not None for i, _ in others) or lengths - {len(indices)}:
+                raise ValueError(
+                    f"{where}: state of {first[1].path!r}, not one of {len(indices)} equal tensors; valid: the state "
+                    "of tx.init with these parameters, labels, mesh and specs."
+                )
         given = [Given(g_leaves[i], p_leaves[i], states[i], factors[i]) for i, _ in plan.live]
         leaves = [leaf for _, leaf in plan.live]
         about_step = lambda leaf: step_of(leaf, rate, state.count, rule, weight_decay)  # noqa: E731

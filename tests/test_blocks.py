@@ -141,6 +141,10 @@ def test_a_stack_with_a_gradient_that_is_missing_and_one_that_is_not_finite(monk
     assert [bool(u.any()) for u in updates.values()] == [True, False, False, True]
     assert int(state.skipped) == int(alone.skipped) == 1
     close(state.leaves["m0"], jax.tree.map(lambda *xs: jnp.stack(xs), *alone.leaves.values()))
+    for stacked in (0, 1 << 18):
+        monkeypatch.setattr(tensor, "STACKED", stacked)
+        with pytest.raises(ValueError, match=r"state of 'm.', not one of . equal tensors; valid: the state of tx.init"):
+            tx.update(grads, tx.init(params | {"m3": params["m0"].T}) if stacked else state, params)
 
 
 # The direction of the second is rounded before it is scaled, and the decay added to it.
