@@ -306,10 +306,13 @@ class Group(NamedTuple):
     def each(self, f: Callable[[Tensor], Any]) -> Any:
         """f of every tensor, where f gives small arrays; these with a leading axis."""
 
-        def some(_: Any, given: Given) -> Any:
-            return (), self._map(lambda given: f(self._tensor(given, whole=False)), given)
+        def run(whole: bool, given: Given) -> Any:
+            def some(_: Any, given: Given) -> Any:
+                return (), self._map(lambda given: f(self._tensor(given, whole)), given)
 
-        results = blocks.over(some, (), self.stacked(), self._batches())[1]
+            return blocks.over(some, (), given, None if whole else self._batches())[1]
+
+        results = blocks.derivable(run)(self.stacked())
         self.turns.took(jax.tree.leaves(results)[0])
         return results
 

@@ -198,6 +198,26 @@ def test_blocks_under_transformations(monkeypatch):
     close(results(16), results(WHOLE), rtol=1e-3)
 
 
+def test_a_stack_is_differentiated_through_two_updates(monkeypatch):
+    """Celo2 clips by the norm of gradients that depend on theta by then."""
+    rule = rules.make("celo2", newton_schulz=False, hidden=2)
+    theta, p = rule.init_theta(jax.random.key(0)), tree(1, {f"m{i}": (4, 3) for i in range(3)})
+
+    def end(theta):
+        tx, params = rule.bind(theta), p
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)  # of half the sum of squares
+            params = optax.apply_updates(params, updates)
+        return sum(jnp.sum(x * x) for x in params.values())
+
+    ours = jit(jax.grad(end))(theta)
+    monkeypatch.setattr(tensor, "STACKED", 0)
+    expected = jit(jax.grad(lambda theta: end(theta)))(theta)  # a new function: the old one would not be traced again
+    assert any(x.any() for x in jax.tree.leaves(expected))
+    close(ours, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(64,), (7,), (1, 96), (16, 5), (6, 4), (3, 5, 32, 6), (1, 1, 8)])
 def test_mean_squares(shape):
     rng = np.random.default_rng(0)
