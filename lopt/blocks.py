@@ -198,11 +198,29 @@ def over(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack | None, 
     Returns:
       The new buffers and the results.
     """
-    if cut is not None:
+    if cut is not None and cut.count > 1:
         return _loop(f, buffers, xs, cut, measure)
-    new, results = f(buffers, xs)
-    results = measure(new) if measure else results
-    return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), results
+    if cut is None:
+        new, results = f(buffers, xs)
+    else:
+        # What a loop wrote is in memory, where XLA would compute the network once more for every tensor that is taken
+        # out of a stack.
+        def at_once(carry: Any) -> Any:
+            new, parts = f(_rounded(carry[0], buffers), xs)
+            return jax.tree.map(precision.wide, new), () if measure else parts
+
+        zeros = () if measure else _zeros(lambda *xs: f(*xs)[1], buffers, xs)
+        new, results = _once(at_once, (jax.tree.map(precision.wide, buffers), zeros))
+    return _rounded(new, buffers), measure(new) if measure else results
+
+
+def _rounded(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), new, old)
+
+
+def _zeros(f: Callable[..., Any], *args: Any) -> Any:
+    """Like what f returns."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *args))
 
 
 def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measure: Any) -> tuple[Any, Any]:
@@ -263,16 +281,7 @@ def _loop(f: Callable[..., Any], buffers: Any, xs: Any, cut: Cut | Stack, measur
         # Of the buffers themselves, as if they were new: f takes long to trace.
         return measure(jax.tree.map(precision.wide, buffers)) if measure else f(buffers, xs)[1]
 
-    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(all_results, buffers, xs))
-    if cut.count == 1:
-        # A loop all the same: what it wrote is in memory, where XLA would compute the network once more for every
-        # tensor that is taken out of a stack.
-        def at_once(carry: Any) -> Any:
-            new, parts = f(jax.tree.map(lambda x, old: x.astype(old.dtype), carry[0], buffers), xs)
-            return jax.tree.map(precision.wide, new), () if measure else parts
-
-        new, parts = _once(at_once, (jax.tree.map(precision.wide, buffers), () if measure else results))
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, buffers), measure(new) if measure else parts
+    results = _zeros(all_results, buffers, xs)
     views = [cut.view(x) for x in flat]
     if windows > 1:
         views, results = jax.lax.fori_loop(0, windows, window, (views, results))
@@ -383,7 +392,7 @@ def unstack(x: jax.Array) -> list[jax.Array]:
         # XLA compiles a kernel for every slice at an index it knows, and one for all that it does not. The roots keep
         # it from adding the indices up: i² is (i - 1)² + … computed as it goes.
         bits = _bits(x, x.dtype) if x.dtype in LOW else x
-        root, out = hidden(0).astype(jnp.float32), []
+        root, out = _hidden_zero().astype(jnp.float32), []
         for _ in range(x.shape[0]):
             i = jnp.round(root * root).astype(jnp.int32)
             out.append(_floats(_slice(bits, [i], (1, *x.shape[1:]))[0], x.dtype))
@@ -393,15 +402,20 @@ def unstack(x: jax.Array) -> list[jax.Array]:
     return derivable(apart)(x)
 
 
-def hidden(n: int) -> jax.Array:
-    """() int32 n in a way that XLA does not see."""
-    return _once(lambda _: jnp.int32(n), jnp.int32(0))
+def _hidden_zero() -> jax.Array:
+    """() int32 0 in a way that XLA does not see: how often `_once` turns, less one."""
+    return _turned(lambda _: (), ())[0] - 1
 
 
 def _once(f: Callable[[Any], Any], x: Any) -> Any:
-    """f(x), of the same shapes and types, by a loop whose end depends on two of its variables."""
+    """f(x), of the same shapes and types, by a loop of which XLA does not see that it turns once."""
+    return _turned(f, x)[2]
+
+
+def _turned(f: Callable[[Any], Any], x: Any) -> Any:
+    """Two variables on which the end of the loop depends, and f(x)."""
     start = jnp.int32(0), jnp.int32(1), x
-    return jax.lax.while_loop(lambda c: c[0] + c[1] < 2, lambda c: (c[0] + 1, c[1] + 2, f(c[2])), start)[2]
+    return jax.lax.while_loop(lambda c: c[0] + c[1] < 2, lambda c: (c[0] + 1, c[1] + 2, f(c[2])), start)
 
 
 def derivable(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,15 +53,11 @@ class State(NamedTuple):
 class Plan(NamedTuple):
     """What is known of the parameters before they are traced."""
 
-    about: list[Leaf | None]  # one a leaf; None where nothing is to be done (frozen or empty leaves)
-    # Which are updated together, by their indices among those that are not None. The first of a stack has the state
-    # of all, with an axis over them in front, and the others have none.
+    live: list[tuple[int, Leaf]]  # index and leaf, without those where nothing is to be done (frozen or empty)
+    # Which are updated together, by their indices in `live`. The first of a stack has the state of all, with an axis
+    # over them in front, and the others have none.
     stacks: list[tuple[int, ...]]
-
-    @property
-    def live(self) -> list[tuple[int, Leaf]]:
-        """With indices among all leaves."""
-        return [(i, leaf) for i, leaf in enumerate(self.about) if leaf is not None]
+    specs: list[Any]  # one a leaf of the parameters with a mesh, none without
 
 
 def each_alone(together: list[Group], shared: Any, told: Told) -> tuple[Any, list[Any], Any]:
@@ -232,26 +228,28 @@ def as_optax(
     unit_schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
     def planned(params) -> Plan:
-        about = [_describe(where, path, p, labels) for path, p in jax.tree_util.tree_leaves_with_path(params)]
-        leaves = jax.tree.leaves(params)
-        if mesh is not None:
-            flat = sharded.flat_specs(where, mesh, specs, params)
-            ranked = zip(about, flat, strict=True)
-            about = [a and a._replace(axes=sharded.names(spec, len(a.shape))) for a, spec in ranked]
-        live = [(a, p) for a, p in zip(about, leaves, strict=True) if a is not None]
-        kinds = [(jnp.result_type(p), explicit.spec_of(p)) for _, p in live]
-        return Plan(about, stacks([a for a, _ in live], kinds if arithmetic(theta).stacked else range(len(live))))
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        flat = [] if mesh is None else sharded.flat_specs(where, mesh, specs, params)
+        live, kinds = [], []
+        for i, (path, p) in enumerate(paths):
+            leaf = _describe(where, path, p, labels)
+            if leaf is None:
+                continue
+            live.append((i, leaf._replace(axes=sharded.names(flat[i], len(leaf.shape))) if flat else leaf))
+            kinds.append((jnp.result_type(p), explicit.spec_of(p)))
+        kinds = kinds if arithmetic(theta).stacked else range(len(live))
+        return Plan(live, stacks([leaf for _, leaf in live], kinds), flat)
 
     def init(params) -> State:
-        begin = functools.partial(start, planned(params))
+        plan = planned(params)
+        begin = functools.partial(start, plan)
         if mesh is None:
             return _explicit(begin, params, None, theta, params)
         state = begin(theta, params)
-        return sharded.place(mesh, state_specs(params, state), state)
+        return sharded.place(mesh, state_specs(plan, params, state), state)
 
-    def state_specs(params, state) -> State:
-        flat = sharded.flat_specs(where, mesh, specs, params)
-        return sharded.replicated(state)._replace(leaves=sharded.specs_like(flat, params, state.leaves))
+    def state_specs(plan, params, state) -> State:
+        return sharded.replicated(state)._replace(leaves=sharded.specs_like(plan.specs, params, state.leaves))
 
     def stored(state, p):
         """The state of a tensor in the precision it is kept in."""
@@ -289,12 +287,12 @@ def as_optax(
         del extra_args  # optax's convention: a transform ignores what it does not need
         told = Told(state.count, num_steps, _loss(where, needs, params, value))
         factors = _factors(where, params, multipliers)
-        apply = functools.partial(step, planned(params))
+        plan = planned(params)
+        apply = functools.partial(step, plan)
         if mesh is None:
             return _explicit(apply, params, state, theta, (lr, weight_decay, factors), told, updates, state, params)
-        flat = sharded.flat_specs(where, mesh, specs, params)
-        own = jax.tree.structure(params).unflatten(flat), state_specs(params, state)
-        like = sharded.specs_like(flat, params, updates), own[1], own[0]
+        own = jax.tree.structure(params).unflatten(plan.specs), state_specs(plan, params, state)
+        like = sharded.specs_like(plan.specs, params, updates), own[1], own[0]
         bound, arrays = _arrays_apart((theta, (lr, weight_decay, factors), told))
 
         def run(arrays, updates, state, params):
@@ -311,18 +309,11 @@ def as_optax(
         g_leaves, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
         rate = lr * unit_schedule(state.count, told.num_steps)
 
-        for indices in plan.stacks:
-            first, *others = [plan.live[j] for j in indices]
-            lengths = {x.shape[0] for x in jax.tree.leaves(states[first[0]]) if others}
-            if states[first[0]] is None or any(states[i] is not None for i, _ in others) or lengths - {len(indices)}:
-                raise ValueError(
-                    f"{where}: state of {first[1].path!r}, not one of {len(indices)} equal tensors; valid: the state "
-                    "of tx.init with these parameters, labels, mesh and specs."
-                )
+        _check_stacks(where, plan, states)
         given = [Given(g_leaves[i], p_leaves[i], states[i], factors[i]) for i, _ in plan.live]
         leaves = [leaf for _, leaf in plan.live]
-        about_step = lambda leaf: step_of(leaf, rate, state.count, rule, weight_decay)  # noqa: E731
-        together = groups(leaves, given, plan.stacks, about_step, rule.clean)
+        own_step = functools.partial(step_of, rate=rate, count=state.count, rule=rule, weight_decay=weight_decay)
+        together = groups(leaves, given, plan.stacks, own_step, rule.clean)
         ok = _finite(together, nonfinite)
         if ok is not None:
             ok, told = _with_loss(ok, told)
@@ -342,8 +333,9 @@ def as_optax(
             shared = jax.tree.map(lambda n, o: jnp.where(happened, n, o), shared, state.shared)
             count = state.count + happened.astype(jnp.int32)
             skipped = skipped + jnp.sum(~every, dtype=jnp.int32)
-        out = [_nothing(p) if leaf is None else None for p, leaf in zip(p_leaves, plan.about, strict=True)]
         places = [i for i, _ in plan.live]
+        live = set(places)
+        out = [None if i in live else _nothing(p) for i, p in enumerate(p_leaves)]
         for group, (moved, new, _) in zip(together, results, strict=True):
             states[places[group.indices[0]]] = new
             for j, u in zip(group.indices, moved, strict=True):
@@ -352,6 +344,18 @@ def as_optax(
         return treedef.unflatten(out), State(count, skipped, treedef.unflatten(states), shared, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_stacks(where: str, plan: Plan, states: list[Any]) -> None:
+    """Refuse a state that was made for other stacks."""
+    for indices in plan.stacks:
+        (first, leaf), *others = [plan.live[j] for j in indices]
+        lengths = {x.shape[0] for x in jax.tree.leaves(states[first]) if others}
+        if states[first] is None or any(states[i] is not None for i, _ in others) or lengths - {len(indices)}:
+            raise ValueError(
+                f"{where}: state of {leaf.path!r}, not one of {len(indices)} equal tensors; valid: the state of "
+                "tx.init with these parameters, labels, mesh and specs."
+            )
 
 
 def _apart(state: State) -> State:
