@@ -187,18 +187,17 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
 
     def initial(groups: Iterable[int]) -> State:
         """With the particles of some groups."""
+        return whole({i: group_tasks[i].data for i in groups}, start_theta)
+
+    # One program: a hundred small ones take a second to compile, and none is worth an entry in the compilation cache.
+    @jax.jit
+    def whole(data: dict[int, Any], start_theta: Any) -> State:
+        """At the first meta-step, with the particles of groups whose data is given."""
         theta_key, *group_keys = jax.random.split(seed(0), 1 + len(group_tasks))
         theta = rule.init_theta(theta_key) if start_theta is None else start_theta
-
-        @jax.jit
-        def particles(keys, data, theta):
-            first = run.schedule()[0]
-            return {i: estimator(first, i, data[i]).init(keys[i], theta) for i in groups}
-
-        states = particles(group_keys, {i: group_tasks[i].data for i in groups}, theta)
-        zero = jnp.zeros((), jnp.int32)
-        # Apart from theta, since a state that is donated may not share buffers with itself.
-        ema = jax.tree.map(jnp.copy, theta) if run.meta_optimizer.ema else ()
+        first, zero = run.schedule()[0], jnp.zeros((), jnp.int32)
+        states = {i: estimator(first, i, held).init(group_keys[i], theta) for i, held in data.items()}
+        ema = theta if run.meta_optimizer.ema else ()
         best = validation.nothing_yet(theta) if run.validation.tasks else ()
         every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
         return State(zero, theta, tx.init(theta), every, zero, ema, best)
@@ -296,7 +295,8 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         step = jax.jit(
             meta_step, donate_argnums=1, out_shardings=(shardings, replicated), compiler_options=compiler_options()
         )
-        jax.eval_shape(step, data, pieces.shapes)  # errors of settings surface before anything is written
+        # Errors of settings surface before anything is written. As it lies later, so that it is traced only once.
+        jax.eval_shape(step, data, _lying(pieces.shapes, shardings))
         return step
 
     def one_each(stage: cfg.Stage) -> separate.Separate:
@@ -329,7 +329,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             compiler_options=compiler_options(),
         )
         step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet)
-        step.trace(data, pieces.shapes)  # errors of settings surface before anything is written
+        step.trace(data, _lying(pieces.shapes, shardings))  # errors of settings surface before anything is written
         return step
 
     def init() -> State:
@@ -425,6 +425,16 @@ def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:
 def _copy_to(shardings: Any) -> Callable[[Any], Any]:
     """Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both."""
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+
+
+def _lying(shapes: State, shardings: State) -> State:
+    """Shapes of a state that is spread like this."""
+    each = (jax.tree.map(partial(_at, sharding=how), part) for part, how in zip(shapes, shardings, strict=True))
+    return State(*each)
+
+
+def _at(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _words(mesh: Mesh, placed: placement.Placement | None = None) -> str:

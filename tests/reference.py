@@ -495,6 +495,7 @@ class Tiny(Rule):
     pace_gain: float = 1.0
     decay: float = 0.0
     fan_in: float = 0.0
+    longest: float = 0.0
     schedule: str = "cosine"
 
     def __post_init__(self):
@@ -530,6 +531,10 @@ class Tiny(Rule):
         (w, b), (out, shift) = self.theta.pace
         return self.pace_gain * (np.tanh(x @ w + b) @ out + shift)
 
+    def shortened(self) -> float:
+        """Factor of all lengths."""
+        return np.sqrt(self.longest / self.num_steps) if 0 < self.longest < self.num_steps else 1.0
+
     def least(self, p) -> float:
         """The least root mean square that p is taken to have."""
         return self.fan_in / np.sqrt(p.size / p.shape[-1]) if self.fan_in and p.ndim > 1 else self.min_rms
@@ -548,7 +553,7 @@ class Tiny(Rule):
         if self.theta.pace:
             more, *log_decay = self.pace(self.corrected(averages), p)
             log_step = log_step + more
-        share = self.step_mult * np.exp(log_step)
+        share = self.step_mult * np.exp(log_step) * self.shortened()
         size = share * max(np.sqrt(mean_square(p)), self.least(p))
         shrink = share * self.decay * np.exp(log_decay[0]) if self.decay and p.ndim > 1 else 0
         return -self.rate() * (size * direction + (shrink + self.weight_decay) * p)

@@ -125,9 +125,12 @@ CASES = {
     "tiny, orthogonal": Case("tiny", dict(hidden=4, newton_schulz=True), dict(num_steps=100), "mat vec r5"),
     "tiny, decayed": Case(
         "tiny",
-        dict(hidden=4, pace=8, pace_gain=3.0, decay=0.3, fan_in=1.5, min_rms=0.4),
+        dict(hidden=4, pace=8, pace_gain=3.0, decay=0.3, fan_in=1.5, min_rms=0.4, longest=150.0),
         dict(num_steps=100, weight_decay=0.1),
         "mat vec r5",
+    ),
+    "tiny, longer": Case(
+        "tiny", dict(hidden=4, pace=8, decay=0.3, longest=30.0), dict(num_steps=100, weight_decay=0.1), "mat vec"
     ),
     "nn_adam, LSTM": Case("nn_adam", dict(lstm_hidden=8, lr0=0.01), dict(lr=0.5, weight_decay=0.1)),
 }
@@ -368,6 +371,11 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
     "tiny: decay as at first": (
         "tiny, decayed",
         Patch(R.Tiny, "pace", lambda f: lambda self, a, p: f(self, a, p) * (1, 0)),
+    ),
+    "tiny: as long over a longer horizon": ("tiny, longer", dict(longest=0.0)),
+    "tiny: longer over a shorter one": (
+        "tiny, decayed",
+        Patch(R.Tiny, "shortened", lambda f: lambda self: np.sqrt(self.longest / self.num_steps)),
     ),
     "tiny: no decay": ("tiny, decayed", dict(decay=0.0)),
     "tiny: min_rms for matrices": ("tiny, decayed", dict(fan_in=0.0)),

@@ -98,6 +98,7 @@ def tiny(
     decay: float = 0.0,
     fan_in: float = 0.0,
     average: float = 0.0,
+    longest: float = 0.0,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -121,6 +122,10 @@ def tiny(
         product of all axes but the last, of which there are inputs to a unit where matrices are [in, out]. 0: min_rms.
       average: power of the average of the parameters that `lopt.eval_params` reads, see `lopt.averaged`; 0: none.
         `bind(…, average=)` overrides it.
+      longest: horizon in updates, above which all lengths are multiplied by sqrt(longest/num_steps). A step whose
+        length is a share s of the tensor's size, in directions that are noise, multiplies the size by sqrt(1 + s²);
+        over num_steps of them it grows without bound, and units die, unless s² · num_steps stays what it was where
+        the rule was meta-trained. 0: never.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -130,7 +135,7 @@ def tiny(
     if not isinstance(pace, int) or pace < 0:
         raise ValueError(f"tiny: pace, got {pace}; valid: an integer >= 0.")
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip, pace_gain=pace_gain)
-    for key, value in (("decay", decay), ("fan_in", fan_in), ("average", average)):
+    for key, value in (("decay", decay), ("fan_in", fan_in), ("average", average), ("longest", longest)):
         if not 0 <= value < math.inf:
             raise ValueError(f"tiny: {key}, got {value!r}; valid: a number >= 0.")
     if decay and not pace:
@@ -181,6 +186,8 @@ def tiny(
             if pace:
                 said = pace_gain * paced(theta.pace, condition(signals, rms, len(shape), told))
             share = step_mult * jnp.exp(theta.log_step + said[0])
+            if longest:
+                share *= jnp.sqrt(jnp.minimum(longest / told.num_steps, 1.0))
             if decay and matrix and "no_decay" not in tensor.leaf.labels:
                 # Not of what never had a gradient: a frozen part would vanish though nobody asked for decay.
                 seen = signals[-1] > SMALLEST / 10
@@ -206,5 +213,6 @@ def tiny(
         decay=decay,
         fan_in=fan_in,
         average=average,
+        longest=longest,
     )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine", average=average)

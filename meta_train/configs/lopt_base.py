@@ -26,6 +26,7 @@ RUN = Run(
         "min_rms": 0.2,
         "newton_schulz": True,
         "average": 8.0,
+        "longest": 1000.0,
     },
     groups=(
         Group("image_mlp", {**IMAGES, "hidden": [32], "log10_init_scale": 0.5}, 0.5, 0.35),
