@@ -9,8 +9,8 @@ does about 2,700 a CPU-second with one core busy, so that this is its wall-clock
 - speed: 8 to 64 pairs on all cores, median over meta-steps.
 - scaling: microseconds an inner step against pairs, truncation and params; where cost is linear they do not grow.
 - devices: the same pairs over 1 and over 2 host devices.
-- startup: from the call of `lopt-train quickstart` to the first line of its record, with an empty compilation cache and
-  with the one that left.
+- startup: from the call of `lopt-train quickstart --compare ''` to the first line of its record, with an empty
+  compilation cache and with the one that left.
 - floor: on one device with one thread, what batches, forward and backward, and the rule take alone, and FLOPs counted
   by hand over the measured rate of a matrix product.
 - velo: inner steps per second of the rule `velo`, for the arithmetic of docs/scaling.md.

@@ -250,6 +250,8 @@ class Run:
         require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
         require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        each, most = self.meta_optimizer.accumulate, self.meta_steps
+        require(each <= most, "meta_optimizer.accumulate", each, f"at most meta_steps = {most}, or nothing is learned")
         require(self.log_every >= 1, "log_every", self.log_every, ">= 1")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
         if self.estimator.name not in WHOLE_EPISODES:

@@ -293,7 +293,10 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
 
         # Said and not left to XLA, which replicates empty leaves: the next call would be compiled again.
         step = jax.jit(
-            meta_step, donate_argnums=1, out_shardings=(shardings, replicated), compiler_options=compiler_options()
+            meta_step,
+            donate_argnums=1,
+            out_shardings=(shardings, replicated),
+            compiler_options=compiler_options(spread=mesh.size > 1),
         )
         # Errors of settings surface before anything is written. As it lies later, so that it is traced only once.
         jax.eval_shape(step, data, _lying(pieces.shapes, shardings))
@@ -315,7 +318,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
                 keep_unused=True,  # the turn
                 in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
                 out_shardings=(spread, spread),
-                compiler_options=compiler_options(),
+                compiler_options=compiler_options(spread=mesh.size > 1),
             )
 
         def move(found, state: State):
@@ -326,7 +329,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             donate_argnums=1,
             in_shardings=(spread, rest),
             out_shardings=(rest, replicated),
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(spread=mesh.size > 1),
         )
         step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet)
         step.trace(data, _lying(pieces.shapes, shardings))  # errors of settings surface before anything is written
@@ -371,7 +374,10 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
             check_vma=False,
         )
         here = jax.jit(
-            here, donate_argnums=3, out_shardings=NamedSharding(own, SPREAD), compiler_options=compiler_options()
+            here,
+            donate_argnums=3,
+            out_shardings=NamedSharding(own, SPREAD),
+            compiler_options=compiler_options(spread=mesh.size > 1),
         )
         held = jax.eval_shape(placed.cut, pieces.shapes.estimators)
         jax.eval_shape(here, data, pieces.shapes.step, pieces.shapes.theta, held)  # errors of settings surface here

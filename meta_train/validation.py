@@ -71,7 +71,11 @@ def make(
         loss, diverged = (jnp.stack(x) for x in zip(*sums, strict=True))
         return jax.lax.psum((loss, diverged), axis)
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=compiler_options())
+    @partial(
+        jax.jit,
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(spread=mesh.size > 1),
+    )
     def judge(data, theta, best: Best, step):
         everywhere = PartitionSpec()
         spread = jax.shard_map(

@@ -12,7 +12,7 @@ import pytest
 
 from lopt import rules
 from meta_train import loop, meta_optimizer
-from meta_train.config import MetaOptimizer
+from meta_train.config import MetaOptimizer, load
 
 THETA = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray(3.0)}
 GRADS = [{"a": jnp.asarray([3.0, 0.5]), "b": jnp.asarray(-4.0)}, {"a": jnp.asarray([-1.0, 0.1]), "b": jnp.asarray(0.2)}]
@@ -137,6 +137,9 @@ def test_what_is_not_there_is_named():
     for bad in (dict(clip=-1.0), dict(ema=1.0), dict(accumulate=0), dict(schedule="cos")):
         with pytest.raises(ValueError, match=f"meta_optimizer.{next(iter(bad))}, got"):
             MetaOptimizer(**bad)
+    quickstart = load("quickstart")
+    with pytest.raises(ValueError, match=r"meta_optimizer.accumulate, got 3; valid: at most meta_steps = 2"):
+        dataclasses.replace(quickstart, meta_steps=2, meta_optimizer=MetaOptimizer(accumulate=3))
 
 
 def test_parts_of_theta_have_their_own_value():
