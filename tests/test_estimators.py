@@ -163,6 +163,19 @@ def test_biased_accumulators_are_caught(monkeypatch, wrong):
     assert deviation(linear_means(name, horizon, truncation), closed_form(horizon)) > 6
 
 
+def test_truncated_es_goes_on_under_theta_itself():
+    """Not under either of the perturbed ones, which a mean over both signs does not tell."""
+    inner = linear(12)
+    estimator = make("truncated_es", inner, 4, particles=3)
+    state = estimator.init(jax.random.key(0), THETA)
+    particle = inner.reset(jax.random.key(0))
+    for window in range(2):
+        _, state = jax.jit(estimator.estimate)(jax.random.key(window), THETA, state)
+        for _ in range(4):
+            particle, *_ = inner.step(THETA, particle, jax.random.key(0))
+        np.testing.assert_allclose(state.particles["x"], jnp.full(3, particle["x"]), rtol=1e-5)
+
+
 def test_accumulators_by_hand():
     """What only adds variance (noise of an ended episode kept) is invisible in a mean, so it is checked as numbers."""
     xi, eps = jnp.array([[1.0, 2.0]] * 4), jnp.array([[0.1, 0.2]] * 4)
