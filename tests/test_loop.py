@@ -136,6 +136,41 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
         np.testing.assert_array_equal(x, y)
 
 
+def diverges():
+    """Whatever theta says: the loss is finite at the initial weights alone."""
+    at_first = lambda params: jnp.where((params == 1.0).all(), jnp.sum(params**2), jnp.nan)  # noqa: E731
+    return tasks.Task(
+        name="diverges",
+        data=(),
+        sample=lambda key: jnp.zeros(()),
+        init=lambda key, phi: jnp.ones(2),
+        batch=lambda key, phi, data, split: (),
+        loss=lambda params, key, phi, batch: at_first(params),
+    )
+
+
+@pytest.mark.parametrize("name", ["pes", "nres", "truncated_es", "full_es"])
+def test_a_group_all_of_whose_pairs_diverge_has_no_gradient(name):
+    """Both copies' losses are the limit then; their difference of 0 must not pass for a gradient, nor move theta."""
+    run = dataclasses.replace(
+        SMALL,
+        rule="nn_adam",
+        rule_settings={},
+        estimator=dataclasses.replace(SMALL.estimator, name=name),
+        horizon=Horizon(6, 6, stagger=False),
+        meta_loss="fresh",
+    )
+    for group, skipped in ((Group(f"{__name__}:diverges"), 1), (SMALL.groups[0], 0)):
+        program = loop.build(dataclasses.replace(run, groups=(group,)))
+        state = program.init()
+        before = [np.array(x) for x in jax.tree.leaves(state.theta)]
+        state, metrics = program.meta_step(program.data, state)
+        assert int(metrics["skipped"]) == int(metrics["skipped/0"]) == skipped
+        after = jax.tree.leaves(state.theta)
+        moved = [not np.array_equal(x, y) for x, y in zip(before, after, strict=True)]
+        assert any(moved) == (not skipped)
+
+
 def without_meta_gradient(part: float = 1.0):
     """Losses and inner gradients are finite; the meta-loss has no derivative, in `part` of the particles."""
     plain = lambda params: 0.5 * jnp.sum(params**2)  # noqa: E731

@@ -51,6 +51,7 @@ def full_es(inner: Inner, *, pairs: int = 8, std: Any = 0.01, sign: float = 0.0)
         seen = unroll.episode(inner, unroll.antithetic(theta, eps), particles, step_keys, score=unroll.difference)
         grad = unroll.gradient(unroll.signed(seen.score, sign), eps, scale)
         ended = jnp.full((), len(state.index), jnp.int32)
-        return Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged.sum(), ended, seen.updates), state
+        counts = seen.diverged.sum(), ended, seen.updates, unroll.untold(seen.diverged, seen.score)
+        return Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts), state
 
     return Estimator(init, estimate, 2 * pairs * inner.longest)

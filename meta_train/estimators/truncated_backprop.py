@@ -66,7 +66,7 @@ def truncated_backprop(inner: Inner, *, particles: int = 8, truncation: int = 50
             return *jax.lax.cond(unroll.finite(mean), lambda: (mean, none), lambda: each()[:2]), seen
 
         grad, lost, seen = each() if inner.features is None else together()
-        diverged = jnp.maximum(seen.diverged, lost)  # the lost are mostly those that diverged
+        diverged = jnp.maximum(seen.diverged.sum(), lost)  # the lost are mostly those that diverged
         state = State(seen.particles, state.index)
         return Estimate(grad, seen.loss, diverged, seen.resets, seen.updates, lost), state
 

@@ -63,7 +63,9 @@ def truncated_es(
         )
         delta = unroll.signed((seen.before + seen.after) / truncation, sign)
         grad = unroll.gradient(delta, eps, scale)
-        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged, seen.resets, seen.updates)
+        lost = unroll.untold(seen.diverged, seen.before, seen.after)
+        counts = seen.diverged.sum(), seen.resets, seen.updates, lost
+        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts)
         return result, State(unroll.pick(inner, seen.particles, 2), state.index)
 
     return Estimator(init, estimate, 3 * pairs * truncation)

@@ -30,7 +30,7 @@ class Window(NamedTuple):
     was_reset: jax.Array  # [N] bool
     at_end: jax.Array  # [N] bool, the window's last step was an episode's last
     loss: jax.Array  # () mean meta-loss
-    diverged: jax.Array  # () int32, copies that diverged
+    diverged: jax.Array  # [N] int32, how often a copy diverged
     resets: jax.Array  # () int32
     updates: jax.Array  # () int32, inner updates of all copies
 
@@ -115,6 +115,15 @@ def finite_mean(grads: Any) -> tuple[Any, Int[Array, ""]]:
     return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(~finite, dtype=jnp.int32)
 
 
+def untold(diverged: Int[Array, " N"], *scores: Float[Array, " N"]) -> Int[Array, ""]:
+    """Number of pairs that diverged and whose copies never differed: their losses are the limit, their gradient 0.
+
+    Where all pairs are like this the mean is 0, finite and no gradient, see `Estimate.lost`.
+    """
+    same = jnp.stack([score == 0 for score in scores]).all(axis=0)
+    return jnp.sum(same & (diverged > 0), dtype=jnp.int32)
+
+
 def reset(inner: Inner, keys: jax.Array, copies: int, *, first: bool = False) -> Any:
     """Fresh particles by [N] keys; the `first` of a meta-training may be staggered, see `Inner.first`."""
     draw = inner.first if first and inner.first else inner.reset
@@ -195,12 +204,12 @@ def window(
         before = before + jnp.where(was_reset, 0.0, gained)
         after = after + jnp.where(was_reset, gained, 0.0)
         ended = done | bad.any(axis=1)
-        carry = particles, current, ended, before, after, was_reset | ended, diverged + bad.sum(dtype=jnp.int32)
+        carry = particles, current, ended, before, after, was_reset | ended, diverged + bad.sum(axis=1, dtype=jnp.int32)
         return carry, (loss.mean(), ended)
 
     zero, never = jnp.zeros(len(keys)), jnp.zeros(len(keys), bool)
     renewing = None if renewed is None else thetas
-    start = (particles, renewing, never, zero, zero, never, jnp.zeros((), jnp.int32))
+    start = (particles, renewing, never, zero, zero, never, jnp.zeros(len(keys), jnp.int32))
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     last, (losses, ends) = jax.lax.scan(body, start, jnp.arange(steps))
     particles, current, ended, before, after, was_reset, diverged = last
