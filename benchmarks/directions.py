@@ -76,15 +76,17 @@ def shipped(artifact: str, num_steps: int) -> runs.Contender:
     """An artifact as it is; `size` is a factor of its steps."""
     rule, theta = pretrained.read(artifact)
 
-    def make(theta: Any, size: Any) -> optax.GradientTransformation:
+    def make(theta: Any, size: Any = 1.0) -> optax.GradientTransformation:
         return rule.bind(theta, num_steps=num_steps, lr=size)
 
     return runs.Contender(artifact, make, theta, eval_params=lopt.eval_params)
 
 
 def adamw(num_steps: int) -> runs.Contender:
-    def make(_: Any, size: Any) -> optax.GradientTransformation:
-        return optax.adamw(lambda t: size * 0.5 * (1 + jnp.cos(jnp.pi * t / num_steps)), weight_decay=0.0)
+    """On a cosine from the learning rate `size`."""
+
+    def make(_: Any, size: Any, decay: Any = 0.0) -> optax.GradientTransformation:
+        return optax.adamw(lambda t: size * 0.5 * (1 + jnp.cos(jnp.pi * t / num_steps)), weight_decay=decay)
 
     return runs.Contender("adamw", make)
 

@@ -51,17 +51,17 @@ ONE_THREAD_EACH = {"xla_cpu_multi_thread_eigen": False}
 
 
 @functools.cache
-def compiler_options(*, spread: bool = False) -> dict[str, Any]:
+def compiler_options(*, devices: int = 1) -> dict[str, Any]:
     """For `jax.jit` of programs that run for long: none but on a CPU, or where this jaxlib does not know them all.
 
     Args:
-      spread: the program runs on several devices at once.
+      devices: of this process on which the program runs at once.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    options = CPU_OPTIONS | (ONE_THREAD_EACH if spread and jax.local_device_count() > 1 else {})
+    options = CPU_OPTIONS | (ONE_THREAD_EACH if devices > 1 else {})
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except RuntimeError:

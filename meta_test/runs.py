@@ -162,7 +162,7 @@ def prepare(contender: Contender, task: Task, most: int) -> Program:
         """Jit a function of one run for chunks of runs; the arguments that have the runs' leading axis are `spread`."""
         each = jax.vmap(function, in_axes=tuple(0 if spec == spread else None for spec in in_specs))
         mapped = jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=spread, check_vma=False)
-        return jax.jit(mapped, compiler_options=compiler_options(spread=len(devices) > 1), **kwargs)
+        return jax.jit(mapped, compiler_options=compiler_options(devices=len(devices)), **kwargs)
 
     def advance(data: Any, shared: Any, t: Array, stop: Array, hyper: Any, seed: Array, run: Particle):
         one = partial(step, task, contender, data, shared, hyper, seed)

@@ -222,7 +222,9 @@ def meta_step(run: Nowcasting) -> tuple[Callable[..., Any], Callable[..., Any]]:
     made, mesh, tx = networks(run), mesh_over(run.training.trajectories), optimizer(run)
     over, everywhere = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
     jit = partial(
-        jax.jit, compiler_options=compiler_options(spread=mesh.size > 1), out_shardings=NamedSharding(mesh, everywhere)
+        jax.jit,
+        compiler_options=compiler_options(devices=len(mesh.local_devices)),
+        out_shardings=NamedSharding(mesh, everywhere),
     )
 
     def spread(f: Callable[..., Any]) -> Callable[..., Any]:

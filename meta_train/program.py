@@ -273,6 +273,7 @@ EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
 def _together(pieces: Pieces, mesh: Mesh) -> Program:
     """All processes hold all groups: over one mesh, one program, or one a group."""
     layout = State(EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    options = compiler_options(devices=len(mesh.local_devices))
     shardings, replicated = State(*(NamedSharding(mesh, part) for part in layout)), NamedSharding(mesh, EVERYWHERE)
 
     def compiled(stage: cfg.Stage) -> Stage:
@@ -296,10 +297,10 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             meta_step,
             donate_argnums=1,
             out_shardings=(shardings, replicated),
-            compiler_options=compiler_options(spread=mesh.size > 1),
+            compiler_options=options,
         )
         # Errors of settings surface before anything is written. As it lies later, so that it is traced only once.
-        jax.eval_shape(step, data, _lying(pieces.shapes, shardings))
+        jax.eval_shape(step, data, lying)
         return step
 
     def one_each(stage: cfg.Stage) -> separate.Separate:
@@ -318,7 +319,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
                 keep_unused=True,  # the turn
                 in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
                 out_shardings=(spread, spread),
-                compiler_options=compiler_options(spread=mesh.size > 1),
+                compiler_options=options,
             )
 
         def move(found, state: State):
@@ -329,10 +330,10 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             donate_argnums=1,
             in_shardings=(spread, rest),
             out_shardings=(rest, replicated),
-            compiler_options=compiler_options(spread=mesh.size > 1),
+            compiler_options=options,
         )
         step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet)
-        step.trace(data, _lying(pieces.shapes, shardings))  # errors of settings surface before anything is written
+        step.trace(data, lying)  # errors of settings surface before anything is written
         return step
 
     def init() -> State:
@@ -343,6 +344,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         return jax.device_put(jax.device_get(tuple(held)), replicated)
 
     data, place = put(pieces.data), _copy_to(shardings)
+    lying = jax.eval_shape(place, pieces.shapes)
     stages, fed = tuple(compiled(stage) for stage in pieces.schedule), pieces.feed(data=data, put=put)
     return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh), fed)
 
@@ -377,7 +379,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
             here,
             donate_argnums=3,
             out_shardings=NamedSharding(own, SPREAD),
-            compiler_options=compiler_options(spread=mesh.size > 1),
+            compiler_options=compiler_options(devices=own.size),
         )
         held = jax.eval_shape(placed.cut, pieces.shapes.estimators)
         jax.eval_shape(here, data, pieces.shapes.step, pieces.shapes.theta, held)  # errors of settings surface here
@@ -431,16 +433,6 @@ def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:
 def _copy_to(shardings: Any) -> Callable[[Any], Any]:
     """Copies, so that no donated buffer is shared with another one or with the host: device_put may alias both."""
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-
-
-def _lying(shapes: State, shardings: State) -> State:
-    """Shapes of a state that is spread like this."""
-    each = (jax.tree.map(partial(_at, sharding=how), part) for part, how in zip(shapes, shardings, strict=True))
-    return State(*each)
-
-
-def _at(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _words(mesh: Mesh, placed: placement.Placement | None = None) -> str:

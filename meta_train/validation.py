@@ -25,7 +25,7 @@ class Best(NamedTuple):
 
 def nothing_yet(theta: Any) -> Best:
     """Before the first meta-validation."""
-    return Best(jax.tree.map(jnp.copy, theta), jnp.full((), jnp.inf), jnp.zeros((), jnp.int32))
+    return Best(theta, jnp.full((), jnp.inf), jnp.zeros((), jnp.int32))
 
 
 def make(
@@ -74,7 +74,7 @@ def make(
     @partial(
         jax.jit,
         out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=compiler_options(spread=mesh.size > 1),
+        compiler_options=compiler_options(devices=len(mesh.local_devices)),
     )
     def judge(data, theta, best: Best, step):
         everywhere = PartitionSpec()

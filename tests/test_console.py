@@ -34,7 +34,7 @@ def test_what_is_not_finite_stays_so():
 def test_devices_of_one_cpu_do_not_wait_for_each_others_threads():
     assert jax.local_device_count() > 1  # as conftest.py says
     threads = "xla_cpu_multi_thread_eigen"
-    assert console.compiler_options(spread=True)[threads] is False
+    assert console.compiler_options(devices=jax.local_device_count())[threads] is False
     assert threads not in console.compiler_options()
 
 

@@ -138,14 +138,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
 
 def diverges():
     """Whatever theta says: the loss is finite at the initial weights alone."""
-    at_first = lambda params: jnp.where((params == 1.0).all(), jnp.sum(params**2), jnp.nan)  # noqa: E731
+
+    def loss(params, key, phi, batch):
+        return jnp.where((params == 1.0).all(), jnp.sum(params**2), jnp.nan)
+
     return tasks.Task(
         name="diverges",
         data=(),
         sample=lambda key: jnp.zeros(()),
         init=lambda key, phi: jnp.ones(2),
         batch=lambda key, phi, data, split: (),
-        loss=lambda params, key, phi, batch: at_first(params),
+        loss=loss,
     )
 
 
@@ -239,6 +242,26 @@ def test_one_program_serves_all_meta_steps():
     for _ in range(3):
         state, _ = program.meta_step(program.data, state)
     assert program.meta_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("groups", [SMALL.groups, (*SMALL.groups, Group("quadratic", {}))], ids=["one", "two"])
+def test_a_meta_step_is_traced_once(monkeypatch, groups):
+    """Whether settings are good is found out with shapes that lie as the state will; the call traces nothing anew."""
+    traced, plain = [], program_module.make_estimator
+
+    def counted(*args):
+        made = plain(*args)
+
+        def estimate(*given):
+            traced.append(made)
+            return made.estimate(*given)
+
+        return made._replace(estimate=estimate)
+
+    monkeypatch.setattr(program_module, "make_estimator", counted)
+    program = loop.build(dataclasses.replace(SMALL, groups=groups))
+    program.meta_step(program.data, program.init())
+    assert len(traced) == len(groups)
 
 
 def test_metrics_are_cut_back(tmp_path):

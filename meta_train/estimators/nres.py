@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from meta_train.estimators import unroll
 from meta_train.estimators.base import Estimate, Estimator
@@ -98,9 +97,6 @@ def nres(inner: Inner, *, pairs: int = 8, std: Any = 0.01, truncation: int = 50,
         before, after = (unroll.signed(part, sign * truncation) for part in (seen.before, seen.after))
         grad = gradient(before, after, state.eps, renewed, scale) / truncation
         eps = next_noise(state.eps, renewed, seen.was_reset)
-        lost = unroll.untold(seen.diverged, seen.before, seen.after)
-        counts = seen.diverged.sum(), seen.resets, seen.updates, lost
-        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts)
-        return result, State(seen.particles, eps, state.index)
+        return unroll.estimate(theta, grad, seen), State(seen.particles, eps, state.index)
 
     return Estimator(init, estimate, 2 * pairs * truncation)

@@ -87,9 +87,6 @@ def pes(inner: Inner, *, pairs: int = 8, std: Any = 0.01, truncation: int = 50, 
         before, after = (unroll.signed(part, sign * truncation) for part in (seen.before, seen.after))
         grad = gradient(before, after, state.xi, eps, scale) / truncation
         xi = next_noise(state.xi, eps, seen.was_reset, seen.at_end)
-        lost = unroll.untold(seen.diverged, seen.before, seen.after)
-        counts = seen.diverged.sum(), seen.resets, seen.updates, lost
-        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts)
-        return result, State(seen.particles, xi, state.index)
+        return unroll.estimate(theta, grad, seen), State(seen.particles, xi, state.index)
 
     return Estimator(init, estimate, 2 * pairs * truncation)

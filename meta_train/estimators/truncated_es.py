@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from meta_train.estimators import unroll
 from meta_train.estimators.base import Estimate, Estimator
@@ -63,9 +62,6 @@ def truncated_es(
         )
         delta = unroll.signed((seen.before + seen.after) / truncation, sign)
         grad = unroll.gradient(delta, eps, scale)
-        lost = unroll.untold(seen.diverged, seen.before, seen.after)
-        counts = seen.diverged.sum(), seen.resets, seen.updates, lost
-        result = Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts)
-        return result, State(unroll.pick(inner, seen.particles, 2), state.index)
+        return unroll.estimate(theta, grad, seen), State(unroll.pick(inner, seen.particles, 2), state.index)
 
     return Estimator(init, estimate, 3 * pairs * truncation)

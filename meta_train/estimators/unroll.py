@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from meta_train.estimators.base import Estimate
 from meta_train.inner import Inner
 
 if TYPE_CHECKING:
@@ -122,6 +123,12 @@ def untold(diverged: Int[Array, " N"], *scores: Float[Array, " N"]) -> Int[Array
     """
     same = jnp.stack([score == 0 for score in scores]).all(axis=0)
     return jnp.sum(same & (diverged > 0), dtype=jnp.int32)
+
+
+def estimate(theta: Any, grad: Float[Array, " P"], seen: Window) -> Estimate:
+    """What pairs of perturbed copies say after a window, given their gradient."""
+    lost = untold(seen.diverged, seen.before, seen.after)
+    return Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged.sum(), seen.resets, seen.updates, lost)
 
 
 def reset(inner: Inner, keys: jax.Array, copies: int, *, first: bool = False) -> Any:
