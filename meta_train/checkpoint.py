@@ -1,7 +1,8 @@
 """Checkpoints of a run: Orbax steps, each with a sha256 of its arrays and of what they belong to.
 
 Orbax restores a flipped byte as wrong values without an error, so every step carries a digest of what was saved and
-`restore` walks back to the newest step that matches its own.
+`restore` walks back to the newest step that matches its own. What cannot be read may be readable tomorrow (a file
+system that is away, a disk that stutters): nothing is deleted for it before a newer step is safe.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and what we report ourselves
+
+
+ASIDE = "damaged-"  # and the number of a step that could not be read
 
 
 def digest(tree: Any) -> str:
@@ -33,7 +39,7 @@ def digest(tree: Any) -> str:
 class Checkpoints:
     """The steps of a run directory: the latest two and the best by meta-loss are kept."""
 
-    def __init__(self, directory: Path, identity: str, layout: str | None = None):
+    def __init__(self, directory: Path, identity: str, layout: str | None = None, beside: Sequence[str] | None = None):
         """Open a folder of steps, which is made if need be.
 
         Args:
@@ -41,6 +47,8 @@ class Checkpoints:
           identity: what the state belongs to (a digest of the config); another one's steps are refused.
           layout: in words, the devices that it lies on; another one's steps are restored, and the difference is told.
             None where nothing goes on from them.
+          beside: lines on what else makes the run and is not in its config, such as the batches of a task that is the
+            user's own; steps of other ones are refused. None: it does not matter.
         """
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
@@ -56,15 +64,21 @@ class Checkpoints:
             multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._identity, self._layout = identity, layout
+        self._directory, self._newest = directory, -1
+        self._identity, self._layout, self._beside = identity, layout, beside
 
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
-        belongs = {"identity": self._identity, "layout": self._layout}
-        seal = {"sha256": _sealed(tree, belongs), **belongs}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave(seal))
-        self._manager.save(step, args=items, metrics={"loss": loss}, force=True)
+        beside = list(self._beside or ())
+        belongs = {"identity": self._identity, "layout": self._layout, "leaves": leaves(tree), "beside": beside}
+        seal = {"arrays": digest(tree), "belongs": belongs}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({**seal, "sha256": _sha256(seal)})
+        )
+        self._manager.save(step, args=items, metrics={"loss": loss}, force=True)  # waits for the one before
+        self._forget_aside()
+        self._newest = step
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -76,58 +90,109 @@ class Checkpoints:
           like: a tree of the structure, shapes and dtypes saved; its values are not looked at.
 
         Returns:
-          (step, tree of numpy arrays, lines about what was passed over or differs); step -1 and `like` if none is good.
+          (step, tree of numpy arrays, lines on what was passed over or differs); step -1 and `like` if there is none.
 
         Raises:
-          ValueError: if the newest good step belongs to another config.
+          ValueError: if the newest step that can be read is of another config, or of a task or rule that has been
+            changed since, or if there are steps and none can be read. Nothing is changed then.
         """
         skipped = []
         shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         for step in reversed(self.steps()):
             try:
-                items = ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_by_number(shapes)), seal=ocp.args.JsonRestore()
-                )
-                found = self._manager.restore(step, args=items)
-                kept = found["state"]
-                leaves = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
-                tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-                seal = found["seal"]
-                belongs = {name: seal[name] for name in ("identity", "layout")}
-                same = _sealed(tree, belongs) == seal["sha256"]
+                seal = self._seal(step)
             except Exception as e:  # a truncated or deleted file raises one of many kinds
-                reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
-            else:
-                if same and belongs["identity"] != self._identity:
-                    raise ValueError(
-                        f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
-                        "was saved with, or a new run (with init_from= to start at this one's weights)."
-                    )
-                if same and self._layout is not None and belongs["layout"] != self._layout:
-                    skipped.append(
-                        f"checkpoint {step} was made on {belongs['layout']} and goes on on {self._layout}: no longer "
-                        "bit for bit the same run"
-                    )
-                if same:
-                    return step, tree, skipped
-                reason = "its sha256 differs from what was saved"
-            skipped.append(f"checkpoint {step} is damaged ({reason})")
+                skipped.append(_damaged(step, e))
+                continue
+            belongs = seal["belongs"]
+            self._refuse_others(step, belongs, shapes)
+            try:
+                tree = self._arrays(step, shapes)
+                if digest(tree) != seal["arrays"]:
+                    raise OSError("its sha256 differs from what was saved")
+            except Exception as e:
+                skipped.append(_damaged(step, e))
+                continue
+            if self._layout is not None and belongs["layout"] != self._layout:
+                skipped.append(
+                    f"checkpoint {step} was made on {belongs['layout']} and goes on on {self._layout}: no longer "
+                    "bit for bit the same run"
+                )
+            return step, tree, skipped
+        if skipped:
+            raise ValueError(
+                f"{'; '.join(skipped)}. There is no other in {self._directory}, and nothing was changed; valid: the "
+                "same again when the files can be read, or, to start at meta-step 0, without that folder."
+            )
         return -1, like, skipped
 
-    def drop_after(self, step: int) -> None:
-        """Delete the steps newer than `step`: what resumes there will write them anew."""
+    def set_aside_after(self, step: int) -> None:
+        """Rename the steps newer than `step`, which could not be read: what resumes there writes them anew.
+
+        They are deleted when a step is safe that is as new as they.
+        """
         for newer in self.steps():
             if newer > step:
-                self._manager.delete(newer)
+                aside = self._directory / f"{ASIDE}{newer}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(newer)).rename(aside)
+        self._manager.reload()
 
     def close(self) -> None:
         self._manager.wait_until_finished()
+        self._forget_aside()
         self._manager.close()
 
+    def _forget_aside(self) -> None:
+        for path in self._directory.glob(f"{ASIDE}*"):
+            if int(path.name.removeprefix(ASIDE)) <= self._newest:
+                shutil.rmtree(path, ignore_errors=True)
 
-def _sealed(tree: Any, belongs: dict[str, Any]) -> str:
-    """sha256 of a state and of what it belongs to: a byte of either may flip."""
-    return hashlib.sha256(f"{digest(tree)} {json.dumps(belongs, sort_keys=True)}".encode()).hexdigest()
+    def _seal(self, step: int) -> dict[str, Any]:
+        """What a step says of itself. Raises whatever a damaged file raises."""
+        seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
+        if _sha256({name: seal[name] for name in ("arrays", "belongs")}) != seal["sha256"]:
+            raise OSError("its seal is not what was saved")
+        return seal
+
+    def _arrays(self, step: int, shapes: Any) -> Any:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_by_number(shapes)))
+        kept = self._manager.restore(step, args=items)["state"]
+        found = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    def _refuse_others(self, step: int, belongs: dict[str, Any], shapes: Any) -> None:
+        """Raise ValueError for a step of another run than this one."""
+        if belongs["identity"] != self._identity:
+            raise ValueError(
+                f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
+                "was saved with, or a new run (with init_from= to start at this one's weights)."
+            )
+        pairs = [(belongs["leaves"], leaves(shapes))]
+        pairs += [] if self._beside is None else [(belongs["beside"], list(self._beside))]
+        for saved, now in pairs:
+            if saved != now:
+                gone, new = ([x for x in xs if x not in ys] for xs, ys in ((saved, now), (now, saved)))
+                raise ValueError(
+                    f"checkpoint {step} has {gone[0] if gone else 'no ' + new[0]}, where the run now has "
+                    f"{new[0] if new else 'no such'}: a task, the rule or a library has been changed since; valid: "
+                    "what it was saved with, or a new run (with init_from= to start at this one's weights)."
+                )
+
+
+def leaves(tree: Any) -> list[str]:
+    """Path, dtype and shape of each leaf."""
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {x.dtype}{list(x.shape)}" for path, x in named]
+
+
+def _sha256(seal: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(step: int, e: Exception) -> str:
+    reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
+    return f"checkpoint {step} is damaged or cannot be read ({reason})"
 
 
 def _numpy(tree: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 
 import tasks
 from meta_train import config as cfg
+from meta_train.checkpoint import leaves
 from tasks import Task, held_out
 
 
@@ -43,6 +44,15 @@ def param_shapes(task: Task) -> dict[str, tuple[int, ...]]:
     params = jax.eval_shape(lambda key: task.init(key, task.sample(key)), jax.random.key(0))
     named = jax.tree.leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named}
+
+
+def batch_shapes(where: str, task: Task) -> list[str]:
+    """Lines on the arrays of a training batch of a task."""
+
+    def batch(key: jax.Array) -> Any:
+        return task.batch(key, task.sample(key), task.data, "train")
+
+    return [f"{where}{line}" for line in leaves(jax.eval_shape(batch, jax.random.key(0)))]
 
 
 def programs(run: cfg.Run) -> Iterator[str]:

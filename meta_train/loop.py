@@ -89,7 +89,9 @@ def train(
     """
     first = distributed.first()
     begun = (folder / "checkpoints").exists() or bool(read_metrics(folder))
-    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), program.layout) if first else None
+    checkpoints = (
+        Checkpoints(folder / "checkpoints", run.identity(), program.layout, program.batches) if first else None
+    )
     state, at = _restore(run, program, checkpoints, say, begun)
     log = Log(folder, after=at) if first else None
     validate, loss, came, notes = program.validate, float("inf"), 0, ["", ""]
@@ -177,8 +179,8 @@ def _restore(
             for line in remarks:
                 say(line)
             if begun and at < 0:
-                say("there is no checkpoint that can be read: starting again at meta-step 0")
-            checkpoints.drop_after(at)
+                say("there is no checkpoint yet: starting again at meta-step 0")
+            checkpoints.set_aside_after(at)
     distributed.refuse_together(error)
     at, saved = distributed.agree((np.int32(at), saved))
     if at < 0:

@@ -113,7 +113,7 @@ def _train(
     at, saved, remarks = checkpoints.restore(jax.eval_shape(lambda: state))
     for remark in remarks:
         say(remark)
-    checkpoints.drop_after(at)
+    checkpoints.set_aside_after(at)
     if at >= 0:
         state = training.replicated(run, saved)
         say(f"resuming at meta-step {at} of {run.training.steps}")

@@ -25,7 +25,7 @@ from meta_train import config as cfg
 from meta_train import distributed, draws, meta_optimizer, placement, separate, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
-from meta_train.groups import feed, make_tasks, param_shapes
+from meta_train.groups import batch_shapes, feed, make_tasks, param_shapes
 from meta_train.inner import Horizon, Inner, make_inner
 from meta_train.placement import usable_devices
 
@@ -75,6 +75,7 @@ class Program(NamedTuple):
       gather: a whole State as numpy in every process; all processes must ask.
       shapes: of a whole State.
       layout: in words, the devices and processes that a State lies on.
+      batches: in words, what a task's batches are, which its config need not say.
       feed: `meta-step -> data`, of which a window at a time may be on the devices.
       validate: `State -> (State, scores by name)`, or None without meta-validation.
     """
@@ -87,6 +88,7 @@ class Program(NamedTuple):
     gather: Callable[[State], State]
     shapes: State
     layout: str
+    batches: tuple[str, ...]
     feed: Callable[[int], tuple[Any, ...]]
     validate: Callable[[State], tuple[State, dict[str, jax.Array]]] | None = None
 
@@ -238,7 +240,8 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
     data = [jax.device_get(task.data) for task in group_tasks]
     fed = partial(feed, group_tasks, every=run.window_steps)
-    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, initial, estimate, update, most)
+    batches = tuple(line for i, task in enumerate(group_tasks) for line in batch_shapes(f"groups.{i} batch", task))
+    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, batches, initial, estimate, update, most)
     program = _together(pieces, mesh) if placed is None else _apart(pieces, mesh, placed)
     if not run.validation.tasks:
         return program
@@ -254,6 +257,7 @@ class Pieces(NamedTuple):
     schedule: tuple[cfg.Stage, ...]
     weights: Sequence[float]  # of the groups, summing to 1
     shapes: State
+    batches: tuple[str, ...]
     initial: Callable[[Iterable[int]], State]  # with the particles of these groups
     estimate: Callable[..., tuple[Estimate, Any]]  # (stage, group, data, step, theta, its state)
     update: Callable[..., tuple[State, dict[str, jax.Array]]]
@@ -346,7 +350,8 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
     data, place = put(pieces.data), _copy_to(shardings)
     lying = jax.eval_shape(place, pieces.shapes)
     stages, fed = tuple(compiled(stage) for stage in pieces.schedule), pieces.feed(data=data, put=put)
-    return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh), fed)
+    words, gather = _words(mesh), distributed.gather
+    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, words, pieces.batches, fed)
 
 
 def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
@@ -411,7 +416,8 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
     data = put(pieces.data)
     stages = tuple(compiled(stage) for stage in pieces.schedule)
     fed = pieces.feed(data=data, put=put)
-    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, _words(mesh, placed), fed)
+    words = _words(mesh, placed)
+    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, words, pieces.batches, fed)
 
 
 def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:

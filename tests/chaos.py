@@ -82,10 +82,13 @@ def alike(a: tuple[Any, bytes], b: tuple[Any, bytes] | None) -> bool:
 
 
 def damage(folder: Path, rng: random.Random) -> Damage | None:
-    """Flip a byte of, truncate or delete a file of the newest checkpoint, unless there is none that is whole."""
+    """Flip a byte of, truncate or delete a file of the newest checkpoint, if it and another one are whole.
+
+    Where none is left a run refuses to go on, and keeps what there is.
+    """
     steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    newest = max(steps, key=lambda path: int(path.name), default=None)
-    if newest is None or (before := reading(newest)) is None:
+    *others, newest = sorted(steps, key=lambda path: int(path.name)) or [None]
+    if not any(reading(path) for path in others) or (before := reading(newest)) is None:
         return None
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     path, how = rng.choice(files), rng.choice(("flip", "truncate", "delete"))

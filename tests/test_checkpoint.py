@@ -76,17 +76,69 @@ def test_a_damaged_step_is_passed_over(folder, harm):
     np.testing.assert_array_equal(found["x"], tree(2)["x"])
 
 
-def test_if_all_are_damaged_a_run_can_start_again(folder):
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_if_none_can_be_read_all_are_left_as_they_are(folder):
     for step in (1, 2, 3):
         flip(largest(folder, step))
-    step, found, remarks = restored(folder)
-    assert (step, len(remarks)) == (-1, 3)
-    np.testing.assert_array_equal(found["x"], tree(0)["x"])
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"checkpoint 3 is damaged.*checkpoint 2 is.*1 is.*nothing was changed; valid"):
+        restored(folder)
+    assert contents(folder) == before
+
+
+def test_what_cannot_be_read_is_kept_until_a_newer_step_is_safe(folder):
+    whole = largest(folder, 3).read_bytes()
+    flip(largest(folder, 3))
     checkpoints = Checkpoints(folder, "mine")
-    checkpoints.drop_after(step)
-    checkpoints.save(1, tree(7), loss=0.0)
+    assert checkpoints.restore(tree(0))[0] == 2
+    checkpoints.set_aside_after(2)
+    assert checkpoints.steps() == [1, 2]
+    aside = folder / "damaged-3"
+    largest(folder, "damaged-3").write_bytes(whole)  # it was the disk that stuttered
+    aside.rename(folder / "3")
+    assert restored(folder)[0] == 3
     checkpoints.close()
-    np.testing.assert_array_equal(restored(folder)[1]["x"], tree(7)["x"])
+    flip(largest(folder, 3))
+    checkpoints = Checkpoints(folder, "mine")
+    checkpoints.set_aside_after(2)
+    checkpoints.close()  # a run that is stopped before it has come as far
+    assert aside.exists()
+    checkpoints = Checkpoints(folder, "mine")
+    checkpoints.save(3, tree(3), loss=0.0)
+    checkpoints.close()
+    assert restored(folder)[0] == 3
+    assert not aside.exists()
+
+
+X, N = jnp.zeros(4096), jnp.zeros((), int)
+OTHERS = [
+    ({"x": X[1:], "n": N}, r"3 has x float32\[4096\], where the run now has x float32\[4095\]"),
+    ({"y": X, "n": N}, r"3 has x float32\[4096\], where the run now has y float32\[4096\]"),
+    ({"x": X}, r"3 has n int32\[\], where the run now has no such"),
+    ({"x": X, "n": N, "z": N}, r"3 has no z int32\[\], where the run now has z int32\[\]: a task, the rule or"),
+]
+
+
+@pytest.mark.parametrize(("like", "says"), OTHERS)
+def test_steps_of_other_leaves_are_refused_and_kept(folder, like, says):
+    before = contents(folder)
+    checkpoints = Checkpoints(folder, "mine")
+    with pytest.raises(ValueError, match=says):
+        checkpoints.restore(like)
+    checkpoints.close()
+    assert contents(folder) == before
+
+
+def test_steps_of_other_batches_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "mine", beside=["batch float32[8, 64]"])
+    checkpoints.save(1, tree(1), loss=0.0)
+    checkpoints.close()
+    assert restored(tmp_path)[0] == 1  # who does not ask
+    with pytest.raises(ValueError, match=r"has batch float32\[8, 64\], where the run now has batch float32\[4, 64\]"):
+        Checkpoints(tmp_path, "mine", beside=["batch float32[4, 64]"]).restore(tree(0))
 
 
 def test_whatever_is_done_to_a_file_is_told_or_changes_nothing(folder, tmp_path_factory):

@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_another_number_of_devices_and_says_so(tmp_path, monk
     # Nor is a beginning from nothing silent where there once was something.
     shutil.rmtree(tmp_path / "4/checkpoints")
     state, _ = loop.train(run, programs[4], tmp_path / "4", (anew := []).append)
-    assert anew == ["there is no checkpoint that can be read: starting again at meta-step 0"]
+    assert anew == ["there is no checkpoint yet: starting again at meta-step 0"]
     assert digest(state) == digest(ended[4])
 
 
