@@ -90,6 +90,10 @@ class Tensor(NamedTuple):
     def state(self) -> Any:
         return self.given.state
 
+    def with_state(self, state: Any) -> Tensor:
+        """With another state, such as the part of its own that one function looks at."""
+        return self._replace(given=self.given._replace(state=state))
+
     def changed(self, change: Callable[[jax.Array], jax.Array]) -> Tensor:
         """With one more elementwise function applied to the gradient."""
         before = self.change

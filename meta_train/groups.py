@@ -49,10 +49,10 @@ def param_shapes(task: Task) -> dict[str, tuple[int, ...]]:
 def batch_shapes(where: str, task: Task) -> list[str]:
     """Lines on the arrays of a training batch of a task."""
 
-    def batch(key: jax.Array) -> Any:
-        return task.batch(key, task.sample(key), task.data, "train")
+    def batch(key: jax.Array, data: Any) -> Any:
+        return task.batch(key, task.sample(key), data, "train")
 
-    return [f"{where}{line}" for line in leaves(jax.eval_shape(batch, jax.random.key(0)))]
+    return [f"{where}{line}" for line in leaves(jax.eval_shape(batch, jax.random.key(0), task.data))]
 
 
 def programs(run: cfg.Run) -> Iterator[str]:

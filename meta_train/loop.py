@@ -95,6 +95,7 @@ def train(
     state, at = _restore(run, program, checkpoints, say, begun)
     log = Log(folder, after=at) if first else None
     validate, loss, came, notes = program.validate, float("inf"), 0, ["", ""]
+    told: set[str] = set()
     report_to = progress("meta-step", run.meta_steps, start=max(at, 0)) if first else nullcontext(lambda *_: None)
     with stop_requests() as stop, report_to as report, ExitStack() as last:
         if checkpoints and log:
@@ -141,6 +142,9 @@ def train(
             if log and line:
                 log.write({"step": at, **line})
             if "meta_loss" in line:
+                for text in _without_gradient(run, line) - told:
+                    told.add(text)
+                    say(text)
                 _refuse_divergence(run, at, line, checkpoints.steps() if checkpoints else [])
             if line:
                 report(at, "".join(notes))
@@ -209,11 +213,26 @@ def _refuse_divergence(run: cfg.Run, at: int, line: dict[str, float], saved: Seq
     lost = [f"{g.family} ({i})" for i, g in enumerate(run.groups) if line[f"skipped/{i}"]]
     raise ValueError(
         f"lopt-train: {line['skipped']:.0f} of {at} meta-gradients were not finite, more than skip_limit = "
-        f"{run.skip_limit} allows; lately of group {', '.join(lost) or 'none alone'}. They did not move theta. "
+        f"{run.skip_limit} allows; lately of group {', '.join(lost) or 'none alone (theta was to become infinite)'}. "
+        "They did not move theta. "
         + (f"The newest checkpoint is of meta-step {saved[-1]}; " if saved else "No checkpoint was saved yet; ")
         + "valid: a smaller meta_optimizer.lr or truncation, or other tasks, in a new run (init_from= starts at an "
         "artifact's theta)."
     )
+
+
+def _without_gradient(run: cfg.Run, line: dict[str, float]) -> set[str]:
+    """Lines on groups whose meta-gradient was 0 at all meta-steps of a line of the record, though they have a loss.
+
+    Under objectives of an episode's end there are such meta-steps, and no loss then.
+    """
+    groups = [i for i in range(len(run.groups)) if line[f"grad_norm/{i}"] == 0 < line[f"meta_loss/{i}"]]
+    return {
+        f"group {run.groups[i].family} ({i}) has a meta-gradient of exactly 0 and teaches theta nothing: are all its "
+        f"meta-losses above loss_limit = {run.loss_limit:g} (valid: a larger one, or a normalise), or does theta "
+        "change nothing there?"
+        for i in groups
+    }
 
 
 def _summary(window: list[dict[str, Any]]) -> dict[str, float]:

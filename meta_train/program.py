@@ -25,6 +25,7 @@ from meta_train import config as cfg
 from meta_train import distributed, draws, meta_optimizer, placement, separate, validation
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
+from meta_train.estimators.unroll import finite
 from meta_train.groups import batch_shapes, feed, make_tasks, param_shapes
 from meta_train.inner import Horizon, Inner, make_inner
 from meta_train.placement import usable_devices
@@ -204,9 +205,9 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
         return State(zero, theta, tx.init(theta), every, zero, ema, best)
 
-    def estimate(stage, i, data, step, theta, state) -> tuple[Estimate, Any]:
-        """Of group i, with its data and its particles."""
-        key = jax.random.fold_in(jax.random.fold_in(seed(1), step), i)
+    def estimate(stage, i, data, step, theta, state, number=None) -> tuple[Estimate, Any]:
+        """Of group i, with its data and its particles; `number` is i, traced where other groups share the program."""
+        key = jax.random.fold_in(jax.random.fold_in(seed(1), step), i if number is None else number)
         return estimator(stage, i, data).estimate(key, theta, state)
 
     def update(state: State, grad: Any, loss: Any, norms: Any, counts: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -214,9 +215,9 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         # A group that lost every particle's gradient has none, and a mean of zeros that must not pass for one.
         norms = [jnp.where(lost < run.estimator.pairs, x, jnp.nan) for x, lost in zip(norms, counts[3], strict=True)]
         norm = optax.tree.norm(grad)
-        usable = jnp.isfinite(norm) & jnp.isfinite(jnp.stack(norms)).all()
         updates, opt = tx.update(grad, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
+        usable = jnp.isfinite(norm) & jnp.isfinite(jnp.stack(norms)).all() & finite(theta)
         theta, opt, ema = jax.tree.map(
             lambda new, old: jnp.where(usable, new, old),
             (theta, opt, meta_optimizer.average(state.ema, theta, opt, run.meta_optimizer)),
@@ -311,15 +312,14 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
         spread, rest = NamedSharding(mesh, SPREAD), shardings._replace(estimators=())
 
         def part(i: int) -> Any:
-            def estimate(data, step, theta, state, turn):
-                found, state = pieces.estimate(stage, i, data, step, theta, state)
+            def estimate(number, data, step, theta, state, turn):
+                found, state = pieces.estimate(stage, i, data, step, theta, state, number)
                 return separate.lead(found), state
 
-            before = SPREAD if i else EVERYWHERE
-            specs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, before)
+            specs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, SPREAD)
             return jax.jit(
                 jax.shard_map(estimate, mesh=mesh, in_specs=specs, out_specs=(SPREAD, SPREAD), check_vma=False),
-                donate_argnums=3,
+                donate_argnums=4,
                 keep_unused=True,  # the turn
                 in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
                 out_shardings=(spread, spread),
@@ -336,7 +336,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             out_shardings=(rest, replicated),
             compiler_options=options,
         )
-        step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet)
+        step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet, mesh.size)
         step.trace(data, lying)  # errors of settings surface before anything is written
         return step
 

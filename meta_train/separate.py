@@ -18,10 +18,10 @@ import numpy as np
 
 from meta_train.estimators.base import Estimate
 
-# (data, step, theta, state of the estimator, turn) -> (Estimate with the devices as leading axis, state). `turn` is of
-# the group before and unused: it keeps groups from running at once, each with temporary memory of its own.
+# (number of the group, data, step, theta, state of the estimator, turn) -> (Estimate with the devices as leading axis,
+# state). `turn` is of the group before and unused: it keeps groups from running at once, each with temporary memory of
+# its own.
 Part = Any
-FIRST = np.zeros((), np.float32)  # turn of the first group
 Meet = Any  # (estimates, state without estimators) -> (state, metrics)
 
 
@@ -47,8 +47,9 @@ class Memory(NamedTuple):
 class Separate:
     """Like a jitted meta-step `(data, State) -> (State, metrics)`; State is donated."""
 
-    def __init__(self, parts: Sequence[Part], meet: Meet):
+    def __init__(self, parts: Sequence[Part], meet: Meet, devices: int):
         self._parts, self._meet = tuple(parts), meet
+        self._first = np.zeros(devices, np.float32)  # turn of the first group
         self._compiled: Compiled | None = None
 
     def __call__(self, data: Sequence[Any], state: Any) -> tuple[Any, Any]:
@@ -59,37 +60,43 @@ class Separate:
     def trace(self, data: Sequence[Any], state: Any) -> list[jax.stages.Traced]:
         """All programs, of arrays or shapes. Errors of settings surface here."""
         traced: list[jax.stages.Traced] = []
-        for part, some, held in zip(self._parts, data, state.estimators, strict=True):
-            turn = traced[-1].out_info[0].loss if traced else FIRST
-            traced.append(part.trace(some, state.step, state.theta, held, turn))
+        for i, (part, some, held) in enumerate(zip(self._parts, data, state.estimators, strict=True)):
+            turn = traced[-1].out_info[0].loss if traced else self._first
+            traced.append(part.trace(np.int32(i), some, state.step, state.theta, held, turn))
         found = [one.out_info[0] for one in traced]
         return [*traced, self._meet.trace(found, state._replace(estimators=()))]
 
     def lower(self, data: Sequence[Any], state: Any) -> Lowered:
         """Of arrays or shapes."""
-        return Lowered([one.lower() for one in self.trace(data, state)])
+        return Lowered([one.lower() for one in self.trace(data, state)], self._first)
 
 
 class Lowered:
     """All programs of a meta-step, as `jax.stages.Lowered` is one."""
 
-    def __init__(self, programs: Sequence[jax.stages.Lowered]):
-        self._programs = programs
+    def __init__(self, programs: Sequence[jax.stages.Lowered], first: np.ndarray):
+        self._first = first
+        self._texts = [one.as_text() for one in programs]
+        self._programs = dict(zip(self._texts, programs, strict=True))
 
     def as_text(self) -> str:
-        return "\n".join(one.as_text() for one in self._programs)
+        """Of programs that are not the same: groups that differ in their arrays alone share one."""
+        return "\n".join(self._programs)
 
     def compile(self) -> Compiled:
         """As many at once as there are cores."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return Compiled(list(pool.map(lambda one: one.compile(), self._programs)))
+            compiled = list(pool.map(lambda one: one.compile(), self._programs.values()))
+        by_text = dict(zip(self._programs, compiled, strict=True))
+        return Compiled([by_text[text] for text in self._texts], self._first)
 
 
 class Compiled:
     """All programs of a meta-step, as `jax.stages.Compiled` is one."""
 
-    def __init__(self, programs: Sequence[jax.stages.Compiled]):
+    def __init__(self, programs: Sequence[jax.stages.Compiled], first: np.ndarray):
         *self._parts, self._meet = programs
+        self._first = first
 
     def memory_analysis(self) -> Memory | None:
         """State and data of all, and temporary memory of the largest: they take turns."""
@@ -101,9 +108,9 @@ class Compiled:
         return Memory(held, max(one.temp_size_in_bytes for one in known))
 
     def __call__(self, data: Sequence[Any], state: Any) -> tuple[Any, Any]:
-        turn, found, after = FIRST, [], []
-        for part, some, held in zip(self._parts, data, state.estimators, strict=True):
-            estimate, held = part(some, state.step, state.theta, held, turn)
+        turn, found, after = self._first, [], []
+        for i, (part, some, held) in enumerate(zip(self._parts, data, state.estimators, strict=True)):
+            estimate, held = part(np.int32(i), some, state.step, state.theta, held, turn)
             turn = estimate.loss
             found.append(estimate)
             after.append(held)

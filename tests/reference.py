@@ -496,6 +496,8 @@ class Tiny(Rule):
     decay: float = 0.0
     fan_in: float = 0.0
     longest: float = 0.0
+    largest: float = 0.0
+    small: float = 1.0
     schedule: str = "cosine"
 
     def __post_init__(self):
@@ -535,9 +537,12 @@ class Tiny(Rule):
         """Factor of all lengths."""
         return np.sqrt(self.longest / self.num_steps) if 0 < self.longest < self.num_steps else 1.0
 
-    def least(self, p) -> float:
-        """The least root mean square that p is taken to have."""
-        return self.fan_in / np.sqrt(p.size / p.shape[-1]) if self.fan_in and p.ndim > 1 else self.min_rms
+    def least(self, p, first: float) -> float:
+        """The least root mean square that p is taken to have, `first` being its own at the start."""
+        if not self.fan_in or p.ndim < 2:
+            return self.min_rms
+        expected = self.fan_in / np.sqrt(p.size / p.shape[-1])
+        return expected if first == 0 else min(max(first, self.small * expected), expected)
 
     def update(self, k, g, p):
         averages = self.averages(k, p)
@@ -554,7 +559,9 @@ class Tiny(Rule):
             more, *log_decay = self.pace(self.corrected(averages), p)
             log_step = log_step + more
         share = self.step_mult * np.exp(log_step) * self.shortened()
-        size = share * max(np.sqrt(mean_square(p)), self.least(p))
+        first = self.state.setdefault(f"{k}'s first size", np.sqrt(mean_square(p)))
+        least = self.least(p, first)
+        size = share * min(max(np.sqrt(mean_square(p)), least), self.largest * least or np.inf)
         shrink = share * self.decay * np.exp(log_decay[0]) if self.decay and p.ndim > 1 else 0
         return -self.rate() * (size * direction + (shrink + self.weight_decay) * p)
 

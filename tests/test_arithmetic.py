@@ -132,6 +132,12 @@ CASES = {
     "tiny, longer": Case(
         "tiny", dict(hidden=4, pace=8, decay=0.3, longest=30.0), dict(num_steps=100, weight_decay=0.1), "mat vec"
     ),
+    "tiny, bounded": Case(
+        "tiny",
+        dict(hidden=4, step_mult=0.1, fan_in=2.5, min_rms=0.5, largest=1.1, small=0.53),
+        dict(num_steps=100),
+        "mat sq vec r5",
+    ),
     "nn_adam, LSTM": Case("nn_adam", dict(lstm_hidden=8, lr0=0.01), dict(lr=0.5, weight_decay=0.1)),
 }
 
@@ -377,9 +383,16 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
         "tiny, decayed",
         Patch(R.Tiny, "shortened", lambda f: lambda self: np.sqrt(self.longest / self.num_steps)),
     ),
+    "tiny: any size": ("tiny, bounded", dict(largest=0.0)),
+    "tiny: whatever it started as": ("tiny, bounded", dict(small=1.0)),
+    "tiny: as small as it started": ("tiny, bounded", dict(small=1e-3)),
+    "tiny: as small as it is": (
+        "tiny, bounded",
+        Patch(R.Tiny, "least", lambda f: lambda self, p, first: f(self, p, np.sqrt(np.mean(p**2)))),
+    ),
     "tiny: no decay": ("tiny, decayed", dict(decay=0.0)),
     "tiny: min_rms for matrices": ("tiny, decayed", dict(fan_in=0.0)),
-    "tiny: fan out": ("tiny, decayed", Patch(R.Tiny, "least", lambda f: lambda self, p: f(self, p.T))),
+    "tiny: fan out": ("tiny, decayed", Patch(R.Tiny, "least", lambda f: lambda self, p, first: f(self, p.T, first))),
     "tiny: no Newton-Schulz": ("tiny, orthogonal", dict(newton_schulz=False)),
     "tiny: Newton-Schulz regardless": ("tiny", dict(newton_schulz=True)),
     "tiny: clip of its default": ("tiny, clipped", dict(clip=5.0)),

@@ -267,6 +267,81 @@ def test_inner_steps_are_counted_as_they_are_done(name):
     assert int(estimate.steps) < estimator.inner_steps
 
 
+def varied() -> Inner:
+    """`linear` with horizons drawn from 6 to 12 at each reset."""
+    plain = linear(12)
+
+    def reset(key):
+        return plain.reset(key) | {"T": jax.random.randint(key, (), 6, 13)}
+
+    def step(theta, particle, key):
+        moved, loss, _, diverged = plain.step(theta, particle, key)
+        return moved | {"T": particle["T"]}, loss, moved["t"] >= particle["T"], diverged
+
+    return Inner(reset, step, plain.theta_axes | {"T": None}, 6, 12)
+
+
+def varied_form(steps: int) -> np.ndarray:
+    """Gradient of the mean meta-loss of the first steps under `varied`: what a step adds depends on its age alone."""
+    each = np.diff([t * closed_form(t) if t else np.zeros(2) for t in range(13)], axis=0)  # of the step of age t
+    begins, total = np.zeros(steps), np.zeros(2)  # probability that an episode begins there
+    begins[0] = 1.0
+    for k in range(1, steps):
+        begins[k] = sum(begins[k - T] for T in range(6, min(13, k + 1))) / 7
+    for k in range(steps):
+        for age in range(min(12, k + 1)):
+            lives = (13 - max(age + 1, 6)) / 7  # horizons beyond that age
+            total += begins[k - age] * lives * each[age]
+    return total / steps
+
+
+@pytest.mark.parametrize("name", ["pes", "nres"])
+def test_unbiased_where_horizons_vary(name):
+    assert deviation(means(make(name, varied(), 5), 48), varied_form(240)) < 4
+    assert np.linalg.norm(varied_form(240) - closed_form(12)) > 0.05
+
+
+def drawing() -> Inner:
+    """`linear` whose meta-loss is 1 where a step draws other than the one before, 0 elsewhere."""
+    plain = linear(12)
+
+    def step(theta, particle, key):
+        moved, loss, done, diverged = plain.step(theta, particle, key)
+        drawn = jax.random.uniform(key)
+        return moved | {"drawn": drawn}, 1.0 * (drawn != particle["drawn"]) + 0 * loss, done, diverged
+
+    axes = plain.theta_axes | {"drawn": None}
+    return plain._replace(reset=lambda key: plain.reset(key) | {"drawn": jnp.zeros(())}, step=step, theta_axes=axes)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_each_step_draws_anew(name):
+    estimator = make(name, drawing(), 4, particles=2)
+    state = estimator.init(jax.random.key(0), THETA)
+    estimate, _ = jax.jit(estimator.estimate)(jax.random.key(1), THETA, state)
+    assert estimate.loss == 1.0
+
+
+@pytest.mark.parametrize("name", ES)
+def test_with_signs_the_size_of_losses_does_not_matter(name):
+    """Nor that of losses after a reset inside the window."""
+    inner = linear(7)
+
+    def larger(theta, particle, key):
+        moved, loss, done, diverged = inner.step(theta, particle, key)
+        return moved, 1024 * loss, done, diverged
+
+    found = []
+    for one in (inner, inner._replace(step=larger)):
+        estimator = make(name, one, 5, particles=8, sign=0.7)
+        state, grads = estimator.init(jax.random.key(0), THETA), []
+        for k in range(3):
+            estimate, state = jax.jit(estimator.estimate)(jax.random.key(k), THETA, state)
+            grads.append(estimate.grad)
+        found.append(np.stack(grads))
+    np.testing.assert_array_equal(*found)
+
+
 def test_stds_of_parts():
     """Unbiased with another std for each part of theta, and each part has its own."""
     theta = {"a": THETA[0], "b": THETA[1:]}

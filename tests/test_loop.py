@@ -17,6 +17,7 @@ from lopt import rules
 from meta_train import launch, loop
 from meta_train import program as program_module
 from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
+from meta_train.estimators import REGISTRY
 
 SMALL = Run(
     name="small",
@@ -76,9 +77,23 @@ def is_trace(x) -> bool:
     return isinstance(x, optax.TraceState)
 
 
-def test_particles_start_staggered():
+def test_each_meta_step_and_each_group_draws_anew():
+    """With the noise of one meta-step in all, or of one group in all, an average of gradients is worth no more."""
+    run = dataclasses.replace(QUICK, groups=QUICK.groups * 2, horizon=Horizon(12, 12, stagger=False))
+    program = loop.build(run)
+    summed, state = [np.zeros(())], program.init()
+    for _ in range(2):
+        state, _ = program.meta_step(program.data, state)
+        first, second = (np.array(one.xi) for one in state.estimators)
+        assert np.abs(first - second).min() > 0
+        summed.append(first)
+    assert np.abs((summed[2] - summed[1]) - summed[1]).min() > 0
+
+
+@pytest.mark.parametrize("name", ["pes", "nres", "truncated_es", "truncated_backprop"])
+def test_particles_start_staggered(name):
     """Also with log-uniform horizons, unless a run says otherwise."""
-    shape = dataclasses.replace(QUICK, estimator=Estimator(pairs=64, truncation=4))
+    shape = dataclasses.replace(QUICK, estimator=Estimator(name, pairs=64, truncation=4))
     assert shape.horizon.low < shape.horizon.high
     assert len(set(np.asarray(loop.build(shape).init().estimators[0].particles.t).tolist())) > 4
     together = dataclasses.replace(shape, horizon=Horizon(4, 12, stagger=False))
@@ -119,6 +134,23 @@ def test_what_differs_in_phi_alone_is_one_program():
     one = loops(images("digits"))
     assert loops(images("digits", "mnist5k")) == one  # data sets of one shape: phi says which
     assert loops(images("digits"), images("digits", width=5)) == 2 * one
+    # Groups of other arrays of one shape have weights and curves of their own.
+    own = [Group("test_loop:levels", {"level": 0.5 * i}, weight=i + 1.0) for i in range(3)]
+    assert loops(*own) == loops(own[0])
+    _, (metrics,) = steps(dataclasses.replace(QUICK, groups=tuple(own)), 1)
+    np.testing.assert_allclose([metrics[f"meta_loss/{i}"] for i in range(3)], [0.0, 0.5, 1.0], atol=0.1)
+
+
+def levels(level: float):
+    """A small bowl that lies as high as its data say."""
+    return tasks.Task(
+        name=f"levels-{level}",
+        data=np.full(32, level, np.float32),
+        sample=lambda key: (),
+        init=lambda key, phi: jax.random.normal(key, (2,)),
+        batch=lambda key, phi, data, split: data[jax.random.randint(key, (8,), 0, 32)],
+        loss=lambda params, key, phi, batch: 0.01 * jnp.sum(params**2) + jnp.mean(batch),
+    )
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
@@ -134,6 +166,13 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     after = jax.tree.leaves((state.theta, state.opt, state.ema))
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_theta_never_becomes_infinite():
+    wild = MetaOptimizer("sgd", lr=3e38, warmup=0, clip=0.0, schedule="constant")
+    state, metrics = steps(dataclasses.replace(SMALL, meta_optimizer=wild), 3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.theta))
+    assert int(metrics[-1]["skipped"]) > 0
 
 
 def diverges():
@@ -152,9 +191,9 @@ def diverges():
     )
 
 
-@pytest.mark.parametrize("name", ["pes", "nres", "truncated_es", "full_es"])
-def test_a_group_all_of_whose_pairs_diverge_has_no_gradient(name):
-    """Both copies' losses are the limit then; their difference of 0 must not pass for a gradient, nor move theta."""
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_group_all_of_whose_particles_diverge_has_no_gradient(name):
+    """All losses are the limit then; a difference or derivative of 0 must not pass for a gradient, nor move theta."""
     run = dataclasses.replace(
         SMALL,
         rule="nn_adam",
@@ -207,6 +246,16 @@ def test_losses_that_are_not_positive_at_init_are_no_measure():
     ):
         loop.build(run)
     assert loop.build(dataclasses.replace(run, groups=run.groups[:1]))
+
+
+def test_a_group_whose_losses_are_all_above_the_limit_is_told(tmp_path):
+    """They are cut to it, and differ no more."""
+    above = Group("test_loop:below_zero", {"offset": -100.0})
+    run = dataclasses.replace(QUICK, groups=(above, *QUICK.groups), meta_loss="fresh", meta_steps=4, log_every=2)
+    loop.train(run, loop.build(run), tmp_path, (said := []).append)
+    (told,) = (line for line in said if "meta-gradient" in line)
+    assert "group test_loop:below_zero (0) has a meta-gradient of exactly 0" in told
+    assert "loss_limit = 3 (valid: a larger one" in told
 
 
 BACKWARDS = [
@@ -314,8 +363,9 @@ def test_the_average_of_theta_is_what_is_exported():
 
 def test_stages_follow_each_other():
     stages = (program_module.Stage(0, "a", 1), program_module.Stage(5, "b", 1), program_module.Stage(9, "c", 1))
-    program = program_module.Program(None, (), None, stages, None, None, None, "", None)
+    program = program_module.Program(None, (), None, stages, None, None, None, "", (), None)
     assert [program.at(step).meta_step for step in (0, 4, 5, 8, 9, 99)] == ["a", "a", "b", "b", "c", "c"]
+    assert program._replace(stages=stages[::-1]).at(6).meta_step == "b"
 
 
 def test_meta_training_starts_where_it_is_told(tmp_path):

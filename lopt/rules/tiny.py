@@ -40,6 +40,11 @@ class Theta(NamedTuple):
     pace: tuple[F.Layer, ...] = ()  # adds to log_step, and to the logarithm of `decay`; starts near 0
 
 
+class Moments(NamedTuple):
+    acc: F.Accumulators
+    initial: jax.Array  # () root mean square of the tensor when its state was made
+
+
 def condition(signals: jax.Array, rms: jax.Array, rank: int, told: Any) -> jax.Array:
     """The inputs of `pace`, [PACE_INPUTS].
 
@@ -99,6 +104,8 @@ def tiny(
     fan_in: float = 0.0,
     average: float = 0.0,
     longest: float = 0.0,
+    largest: float = 0.0,
+    small: float = 1.0,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -126,6 +133,11 @@ def tiny(
         length is a share s of the tensor's size, in directions that are noise, multiplies the size by sqrt(1 + s²);
         over num_steps of them it grows without bound, and units die, unless s² · num_steps stays what it was where
         the rule was meta-trained. 0: never.
+      largest: root mean square that a tensor is taken to have at most, in units of the least one. What noise has made
+        larger than that grows with the root of the number of steps, no longer exponentially. 0: no bound.
+      small: a tensor of rank >= 2 that starts smaller than fan_in/sqrt(n), and not at 0, is taken to be as large as it
+        starts at least, but no less than this share of fan_in/sqrt(n): whoever made it small (a SIREN's hidden layers
+        by a factor of thirty) knew why. 1: never.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -138,8 +150,12 @@ def tiny(
     for key, value in (("decay", decay), ("fan_in", fan_in), ("average", average), ("longest", longest)):
         if not 0 <= value < math.inf:
             raise ValueError(f"tiny: {key}, got {value!r}; valid: a number >= 0.")
+    if largest and not 1 <= largest < math.inf:
+        raise ValueError(f"tiny: largest, got {largest!r}; valid: a number >= 1, or 0 for no bound.")
     if decay and not pace:
         raise ValueError(f"tiny: decay, got {decay!r} with pace=0; valid: 0, or with a pace, which learns it.")
+    if not 0 < small <= 1:
+        raise ValueError(f"tiny: small, got {small!r}; valid: a number in (0, 1].")
     decays = F.decays("tiny", momenta, second_moment, (second_moment,) * 3)._replace(factored=(second_moment,))
 
     def init_theta(key: jax.Array) -> Theta:
@@ -157,11 +173,14 @@ def tiny(
 
     def init_leaf(leaf, p):
         acc = F.init_accumulators(p, len(decays.m), F.factored_axes(leaf.shape))
-        return acc._replace(row=acc.row[:1], col=None if acc.col is None else acc.col[:1])
+        acc = acc._replace(row=acc.row[:1], col=None if acc.col is None else acc.col[:1])
+        return Moments(acc, F.safe_sqrt(jnp.mean(p * p)))
 
     def arithmetic(theta: Theta) -> Arithmetic:
         def update(tensor, common, own):
             theta, told = common
+            initial = tensor.state.initial
+            tensor = tensor.with_state(tensor.state.acc)
             t = told.count.astype(jnp.float32)
             time = jnp.stack([jnp.minimum(t / told.num_steps, 1.0), jnp.log1p(t) / 7])
 
@@ -192,11 +211,15 @@ def tiny(
                 # Not of what never had a gradient: a frozen part would vanish though nobody asked for decay.
                 seen = signals[-1] > SMALLEST / 10
                 tensor = tensor.decayed(jnp.where(seen, share * decay * jnp.exp(said[1]), 0.0))
-            least = fan_in / math.sqrt(math.prod(shape[:-1])) if fan_in and matrix else min_rms
-            size = share * jnp.maximum(rms, least)
+            least: Any = min_rms
+            if fan_in and matrix:
+                least = fan_in / math.sqrt(math.prod(shape[:-1]))
+                least *= jnp.where(initial > 0, jnp.clip(initial / least, small, 1.0), 1.0)
+            size = share * jnp.clip(rms, least, largest * least if largest else None)
             matrices = F.orthogonalize if newton_schulz and matrix else None
             scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
-            return F.move(tensor, direction, rows, scaled)
+            moved, acc = F.move(tensor, direction, rows, scaled)
+            return moved, Moments(acc, initial)
 
         return Arithmetic(init_leaf, update, theta)
 
@@ -214,5 +237,7 @@ def tiny(
         fan_in=fan_in,
         average=average,
         longest=longest,
+        largest=largest,
+        small=small,
     )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine", average=average)

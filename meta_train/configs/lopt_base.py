@@ -27,6 +27,8 @@ RUN = Run(
         "newton_schulz": True,
         "average": 8.0,
         "longest": 1000.0,
+        "largest": 5.0,
+        "small": 0.1,
     },
     groups=(
         Group("image_mlp", {**IMAGES, "hidden": [32], "log10_init_scale": 0.5}, 0.5, 0.35),

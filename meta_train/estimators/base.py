@@ -16,8 +16,8 @@ class Estimate(NamedTuple):
     diverged: jax.Array  # () int32, trajectories that diverged in this window
     resets: jax.Array  # () int32, particles (pairs) that were reset in this window, divergence included
     steps: jax.Array  # () int32, inner updates that count: of all copies, of an episode those until its horizon
-    # () int32, particles that backprop has no finite gradient of, pairs that diverged before theta made a difference.
-    # They count as 0 in the mean: where all are lost it is 0 and means nothing.
+    # () int32, particles that backprop has no finite gradient of, or that diverged before theta made a difference. They
+    # count as 0 in the mean: where all are lost it is 0 and means nothing.
     lost: jax.Array | np.int32 = np.int32(0)
 
     @property

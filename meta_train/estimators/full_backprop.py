@@ -46,7 +46,7 @@ def full_backprop(inner: Inner, *, particles: int = 8) -> Estimator:
             return seen.score.sum(), seen
 
         grads, seen = jax.grad(loss, has_aux=True)(unroll.unperturbed(theta, len(state.index)))
-        grad, lost = unroll.finite_mean(grads)
+        grad, lost = unroll.finite_mean(grads, seen.diverged)
         ended = jnp.full((), len(state.index), jnp.int32)
         diverged = jnp.maximum(seen.diverged.sum(), lost)
         return Estimate(grad, seen.loss, diverged, ended, seen.updates, lost), state

@@ -56,14 +56,16 @@ def truncated_backprop(inner: Inner, *, particles: int = 8, truncation: int = 50
             """The mean of gradients that every particle has of its own."""
             copies = (unroll.repeat(inner, particles, 1) for particles in (start, fresh))
             grads, seen = gradient(unroll.unperturbed(theta, len(state.index)), *copies)
-            return *unroll.finite_mean(grads), seen._replace(particles=unroll.pick(inner, seen.particles, 0))
+            seen = seen._replace(particles=unroll.pick(inner, seen.particles, 0))
+            return *unroll.finite_mean(grads, seen.diverged), seen
 
         def together():
             """The same by one product of all particles, unless a gradient that is not finite is among them."""
             total, seen = gradient(theta, start, fresh, shared=True)
             mean = jax.tree.map(lambda g: g / len(state.index), total)
-            none = jnp.zeros((), jnp.int32)
-            return *jax.lax.cond(unroll.finite(mean), lambda: (mean, none), lambda: each()[:2]), seen
+            # Of the sum alone nobody can tell whose part is 0, unless all are.
+            lost = jnp.where(unroll.nothing(mean), jnp.sum(seen.diverged > 0, dtype=jnp.int32), 0)
+            return *jax.lax.cond(unroll.finite(mean), lambda: (mean, lost), lambda: each()[:2]), seen
 
         grad, lost, seen = each() if inner.features is None else together()
         diverged = jnp.maximum(seen.diverged.sum(), lost)  # the lost are mostly those that diverged

@@ -105,15 +105,27 @@ def finite(tree: Any) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def finite_mean(grads: Any) -> tuple[Any, Int[Array, ""]]:
-    """Mean over the particles of gradients [N, 1, ...], and the number of those that are not finite and count as 0.
+def nothing(tree: Any) -> Bool[Array, ""]:
+    """Whether every element of all arrays is 0."""
+    return jnp.stack([(x == 0).all() for x in jax.tree.leaves(tree)]).all()
 
-    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step. Where none is left
-    the mean is 0 and no gradient; only whoever knows of all devices' particles can tell, by `Estimate.lost`.
+
+def finite_mean(grads: Any, diverged: Int[Array, " N"]) -> tuple[Any, Int[Array, ""]]:
+    """Mean over the particles of gradients [N, 1, ...], and the number of those that have none and count as 0.
+
+    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step. Nor does one have a
+    gradient that diverged before theta made a difference, and whose losses are the limit. Where none is left the mean
+    is 0 and no gradient; only whoever knows of all devices' particles can tell, by `Estimate.lost`.
     """
-    finite = jnp.stack([jnp.isfinite(g).all(axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]).all(axis=0)
+
+    def each(holds: Callable[[Any], Any]) -> Bool[Array, " N"]:
+        """Of which particles it holds for all elements."""
+        return jnp.stack([holds(g).all(axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]).all(axis=0)
+
+    finite = each(jnp.isfinite)
     kept = _select(finite, grads, jax.tree.map(jnp.zeros_like, grads))
-    return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(~finite, dtype=jnp.int32)
+    untold = (diverged > 0) & each(lambda g: g == 0)
+    return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(~finite | untold, dtype=jnp.int32)
 
 
 def untold(diverged: Int[Array, " N"], *scores: Float[Array, " N"]) -> Int[Array, ""]:
