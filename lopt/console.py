@@ -114,14 +114,17 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
             bar = bars.add_task(what, total=total, completed=start, note="")
             yield lambda done, note="": bars.update(bar, completed=done, note=note)
         return
-    began, last = time.monotonic(), 0.0
+    began, last, first = time.monotonic(), 0.0, (start, 0.0)
 
     def report(done: int, note: str = "") -> None:
-        nonlocal last
+        nonlocal last, first
         elapsed = time.monotonic() - began
+        # The first of all took longer, since it was compiled, and says little about the rest.
+        first = (done, elapsed) if first[0] == start < done else first
         if done >= total or elapsed - last >= every:
             last = elapsed
-            left = elapsed / max(done - start, 1) * (total - done)
+            since, spent = (first[0], elapsed - first[1]) if done > first[0] else (start, elapsed)
+            left = spent / max(done - since, 1) * (total - done)
             print(
                 f"{what} {done}/{total}  {span(elapsed)}  ETA {span(left)}  {note}".rstrip(),
                 file=sys.stderr,

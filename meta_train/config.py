@@ -37,10 +37,18 @@ def _no_constant(name: str) -> None:
 
 def _json_object(words: list[str]) -> dict[str, Any]:
     """A JSON object of a command line. Raises ValueError."""
-    value = json.loads(words[0], parse_constant=_no_constant)
+    value = _from_json(words[0])
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {words[0]!r}")
+        raise ValueError(f"got {words[0]!r}; valid: a JSON object")
     return value
+
+
+def _from_json(word: str) -> Any:
+    """The value, None where there is none. Raises ValueError for NaN and infinity."""
+    try:
+        return json.loads(word, parse_constant=_no_constant)
+    except json.JSONDecodeError:
+        return None
 
 
 Settings = Annotated[
@@ -83,8 +91,9 @@ def listed(kind: Any, name: str) -> Any:
     """How a command line gives a tuple of dataclasses: as a JSON list."""
 
     def parse(words: list[str]) -> tuple[Any, ...]:
-        value = json.loads(words[0], parse_constant=_no_constant)
-        require(isinstance(value, list), name, repr(words[0]), "a JSON list of objects")
+        value = _from_json(words[0])
+        keys = ", ".join(f.name for f in dataclasses.fields(kind))
+        require(isinstance(value, list), name, repr(words[0]), f"a JSON list of objects with the keys {keys}")
         return tuple(build(kind, x, f"{name}.{i}") for i, x in enumerate(value))
 
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -133,7 +142,8 @@ class Horizon:
 
     def __post_init__(self) -> None:
         require(self.low >= 1, "horizon.low", self.low, ">= 1")
-        require(self.low <= self.high < 2**31, "horizon.high", self.high, f"horizon.low = {self.low} to 2^31 - 1")
+        got = f"{self.low} and high = {self.high}"
+        require(self.low <= self.high < 2**31, "horizon.low", got, "low <= high < 2^31")
 
 
 @dataclass(frozen=True)
@@ -195,19 +205,21 @@ class MetaOptimizer:
     clip: float = 1.0  # each element of the meta-gradient is clipped to ± this; 0: no limit
     clip_norm: float = 0.0  # before that its norm; 0: no limit
     clip_step: float = 0.0  # an element of theta moves by at most this; 0: no limit
+    clip_step_norm: float = 0.0  # before that the norm of theta's step; 0: no limit
     weight_decay: float = 0.0  # decoupled: times the learning rate
     accumulate: int = 1  # meta-gradients that are averaged for one update
     ema: float = 0.0  # decay, an update, of a moving average of theta, which is exported then; 0: none
 
     def __post_init__(self) -> None:
-        for key in ("clip", "clip_norm", "clip_step", "weight_decay"):
+        for key in ("clip", "clip_norm", "clip_step", "clip_step_norm", "weight_decay"):
             got = getattr(self, key)
             require(0 <= got < math.inf, f"meta_optimizer.{key}", got, ">= 0, finite")
         require(self.schedule in META_SCHEDULES, "meta_optimizer.schedule", self.schedule, ", ".join(META_SCHEDULES))
         require(self.accumulate >= 1, "meta_optimizer.accumulate", self.accumulate, ">= 1")
         require(0 <= self.ema < 1, "meta_optimizer.ema", self.ema, "[0, 1)")
         require(0 < self.lr < math.inf, "meta_optimizer.lr", self.lr, "> 0, finite")
-        require(0 <= self.final_lr <= self.lr, "meta_optimizer.final_lr", self.final_lr, f"0 to lr = {self.lr}")
+        got = f"{self.lr} and final_lr = {self.final_lr}"
+        require(0 <= self.final_lr <= self.lr, "meta_optimizer.lr", got, "0 <= final_lr <= lr")
         require(self.warmup >= 0, "meta_optimizer.warmup", self.warmup, ">= 0")
 
 
@@ -248,7 +260,12 @@ class Run:
         require(0 < self.loss_limit < math.inf, "loss_limit", self.loss_limit, "> 0, finite")
         require(self.window_steps >= 1, "window_steps", self.window_steps, ">= 1")
         require(0 <= self.skip_limit <= 1, "skip_limit", self.skip_limit, "[0, 1]")
-        require(self.meta_steps >= 1, "meta_steps", self.meta_steps, ">= 1")
+        require(1 <= self.meta_steps < 2**31, "meta_steps", self.meta_steps, "1 to 2^31 - 1")
+        if self.normalise == "reference":
+            for where, groups in (("groups", self.groups), ("validation.tasks", self.validation.tasks)):
+                for i, group in enumerate(groups):
+                    here = f"{where}.{i}.reference_loss of {group.family} with normalise = 'reference'"
+                    require(group.reference_loss > 0, here, group.reference_loss, "> 0, losses are divided by it")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         each, most = self.meta_optimizer.accumulate, self.meta_steps
         require(each <= most, "meta_optimizer.accumulate", each, f"at most meta_steps = {most}, or nothing is learned")

@@ -161,6 +161,8 @@ def _one_line(box: str) -> str:
     """tyro's message without its frame, its title and its pointer to the help."""
     lines = [line.strip(" │") for line in box.splitlines() if not re.match(r"[╭╰]|│ ─", line)]
     text = " ".join(line for line in lines if line)
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*?')", r"got \1; valid: an integer", text)
+    text = re.sub(r"could not convert string to float: ('.*?')", r"got \1; valid: a number", text)
     return re.split(r" For full helptext| Argument helptext", text)[0]
 
 
@@ -170,6 +172,8 @@ def start(name: str, args: list[str]) -> int:
     if isinstance(launch, LaunchNowcasts):
         return _start_nowcasts(launch)
     if launch.dry_run:
+        if launch.join != Join():
+            raise ValueError("lopt-train --dry-run: what it says is of one process; valid: no --distributed.")
         run = _in_one_place(_pinned(launch.run))
         program = _build(run)
         from meta_train import dry_run

@@ -195,7 +195,8 @@ def _restore(
 
 def too_many(skipped: float, at: int, limit: float) -> bool:
     """Whether so many lost meta-gradients of `at` are more than their limit, a share."""
-    patience = min(10, at - 1)  # a few at the start are no share yet, unless they are all there were
+    # A few at the start are no share yet, unless they are all there were, or none is allowed.
+    patience = min(10, at - 1) if limit else 0
     return skipped > max(patience, limit * at)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from meta_train import config as cfg
 
 def make(
     spec: cfg.MetaOptimizer, meta_steps: int, theta: Any, freeze: Sequence[str] = ()
-) -> optax.GradientTransformation:
-    """Clip, optimizer with its schedule, decoupled weight decay, a limit of the step; masked, accumulated.
+) -> optax.GradientTransformationExtraArgs:
+    """Clip, optimizer with its schedule, decoupled weight decay, limits of the step; masked, accumulated.
+
+    Its update is given the meta-loss as `value=`, which some optimizers ask for.
 
     Args:
       spec: of the run.
@@ -37,14 +39,17 @@ def make(
     chain += [optax.clip(spec.clip)] if spec.clip else []
     chain.append(_by_name(spec, schedule))
     chain += [_decoupled_decay(schedule, spec.weight_decay)] if spec.weight_decay else []
+    chain += [optax.clip_by_global_norm(spec.clip_step_norm)] if spec.clip_step_norm else []
     chain += [optax.clip(spec.clip_step)] if spec.clip_step else []
     tx = optax.chain(*chain)
     if freeze:
         labels = by_part("config.freeze", theta, dict.fromkeys(freeze, "freeze"), "train")
+        if "train" not in jax.tree.leaves(labels):
+            raise ValueError(f"config.freeze, got {list(freeze)}, which is all of theta; valid: a part of it.")
         tx = optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
-    if spec.accumulate == 1:
-        return tx
-    return optax.MultiSteps(tx, spec.accumulate).gradient_transformation()
+    if spec.accumulate > 1:
+        tx = optax.MultiSteps(tx, spec.accumulate).gradient_transformation()
+    return optax.with_extra_args_support(tx)
 
 
 def average(ema: Any, theta: Any, opt: Any, spec: cfg.MetaOptimizer) -> Any:
@@ -88,52 +93,84 @@ def _schedule(spec: cfg.MetaOptimizer, updates: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, spec.lr, warmup), rest], [warmup]) if warmup else rest
 
 
-# What they want besides a schedule and gradients, or instead.
-NUMBER, VALUE = "a number for a learning rate", "the loss beside the gradient"
-UNFIT = {
+OTHER_POINTS, NO_RATE, SCALARS = "the loss at other points", "no learning rate", "no scalars, which theta has"
+UNFIT = {  # what they want that a run does not have
     "dpsgd": "gradients of each example",
-    "lbfgs": "the loss at other points",
-    "momo": VALUE,
-    "momo_adam": VALUE,
-    "optimistic_adam": NUMBER,
-    "rprop": NUMBER,
+    "lbfgs": OTHER_POINTS,
+    "optimistic_adam": "a number for a learning rate; optimistic_adam_v2 takes a schedule",
+    "polyak_sgd": f"{NO_RATE}; scale_by_polyak takes one",
+    "scale_by_backtracking_linesearch": OTHER_POINTS,
+    "scale_by_distance_over_gradients": SCALARS,
+    "scale_by_learning_rate": f"{NO_RATE}: it is one",
+    "scale_by_madgrad": "its learning rate inside; madgrad has it",
+    "scale_by_muon": "to be told matrices from other tensors; muon does",
+    "scale_by_rprop": "its learning rate inside; rprop has it",
+    "scale_by_schedule": f"{NO_RATE}: it is one",
+    "scale_by_sm3": SCALARS,
+    "scale_by_zoom_linesearch": OTHER_POINTS,
     "schedule_free": "another optimizer inside",
     "schedule_free_adamw": "that its average is exported (meta_optimizer.ema keeps one for any other)",
     "schedule_free_sgd": "that its average is exported (meta_optimizer.ema keeps one for any other)",
-    "sm3": NUMBER,
-    "sophia": "the loss at other points",
+    "sm3": SCALARS,
+    "sophia": OTHER_POINTS,
 }
+SHARES = ("b1", "b2", "b3", "momentum")  # settings that are decays of averages, whatever the optimizer
 
 
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Factories by name: those of optax and optax.contrib that a schedule and gradients are enough for."""
+    """Factories by name, each of a learning rate and settings: those of optax and optax.contrib.
+
+    What is called scale_by_… there is followed by the learning rate.
+    """
     found = {}
     for module in (contrib, optax):  # of one name, the one that has left contrib
         for name in dir(module):
-            if not name.startswith(("_", "scale_by_")) and name not in UNFIT:
-                factory = getattr(module, name)
-                if _takes_learning_rate(factory):
-                    found[name] = factory
+            factory = getattr(module, name)
+            if name.startswith("_") or name in UNFIT:
+                continue
+            if name.startswith("scale_by_") and inspect.isfunction(factory):
+                found[name] = _followed_by_rate(factory)
+            elif _takes_learning_rate(factory):
+                found[name] = factory
     return found
 
 
+def _followed_by_rate(scale_by: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+    @wraps(scale_by)
+    def factory(learning_rate, **settings):
+        return optax.chain(scale_by(**settings), optax.scale_by_learning_rate(learning_rate))
+
+    return factory
+
+
 def _by_name(spec: cfg.MetaOptimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    names = optimizers()
+    names, where = optimizers(), "config.meta_optimizer"
     if spec.name in UNFIT:
-        raise ValueError(
-            f"config.meta_optimizer.name, got {spec.name}, which wants {UNFIT[spec.name]}; valid: {', '.join(names)}."
-        )
+        raise ValueError(f"{where}.name, got {spec.name}, which wants {UNFIT[spec.name]}; valid: {', '.join(names)}.")
     if spec.name not in names:
-        raise unknown("config.meta_optimizer.name", "optimizer", spec.name, names)
-    factory = names[spec.name]
-    takes = set(inspect.signature(factory).parameters) - {"learning_rate"}
-    for name in spec.settings:
+        raise unknown(f"{where}.name", "optimizer", spec.name, names)
+    takes = set(inspect.signature(names[spec.name]).parameters) - {"learning_rate"}
+    for name, value in spec.settings.items():
+        here = f"{where}.settings: {spec.name}"
         if name not in takes:
-            raise unknown(f"config.meta_optimizer.settings: {spec.name}", "setting", name, takes)
+            raise unknown(here, "setting", name, takes)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in SHARES and value is not None and not (number and 0 <= value < 1):
+            raise ValueError(f"{here}: {name}, got {value!r}; valid: a number in [0, 1).")
+    # Rprop's learning rate is the length of its first step, and a number.
+    rate = spec.lr if spec.name == "rprop" else schedule
     try:
-        return factory(schedule, **spec.settings)
-    except TypeError as e:
-        raise ValueError(f"config.meta_optimizer.settings, got {dict(spec.settings)}: {e}.") from e
+        tx = optax.with_extra_args_support(names[spec.name](rate, **spec.settings))
+        jax.eval_shape(tx.update, SMALL, jax.eval_shape(tx.init, SMALL), SMALL, value=SMALL["scalar"])
+    except Exception as e:  # of whatever kind what it does not understand leads to
+        raise ValueError(
+            f"{where}.settings, got {dict(spec.settings)}: {type(e).__name__}: {str(e)[:200]}; valid: what optax's "
+            f"{spec.name} takes: {', '.join(sorted(takes))}."
+        ) from e
+    return tx
+
+
+SMALL = {name: jax.ShapeDtypeStruct(x, "float32") for name, x in dict(matrix=(2, 3), vector=(2,), scalar=()).items()}
 
 
 def _takes_learning_rate(f: Any) -> bool:

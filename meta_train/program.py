@@ -215,7 +215,8 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         # A group that lost every particle's gradient has none, and a mean of zeros that must not pass for one.
         norms = [jnp.where(lost < run.estimator.pairs, x, jnp.nan) for x, lost in zip(norms, counts[3], strict=True)]
         norm = optax.tree.norm(grad)
-        updates, opt = tx.update(grad, state.opt, state.theta)
+        mean = sum(w * x for w, x in zip(weights, loss, strict=True))
+        updates, opt = tx.update(grad, state.opt, state.theta, value=mean)
         theta = optax.apply_updates(state.theta, updates)
         usable = jnp.isfinite(norm) & jnp.isfinite(jnp.stack(norms)).all() & finite(theta)
         theta, opt, ema = jax.tree.map(
@@ -225,7 +226,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         )
         skipped = state.skipped + (1 - usable.astype(jnp.int32))
         metrics: dict[str, Any] = {
-            "meta_loss": sum(w * x for w, x in zip(weights, loss, strict=True)),
+            "meta_loss": mean,
             "grad_norm": norm,
             **dict(zip(("diverged", "resets", "inner_steps"), (sum(count) for count in counts[:3]), strict=True)),
             "skipped": skipped,

@@ -24,7 +24,7 @@ def updates(grads=GRADS[:1], freeze=(), meta_steps=10, theta=THETA, **spec):
     tx = meta_optimizer.make(MetaOptimizer(**PLAIN | spec), meta_steps, theta, freeze)
     state, out = tx.init(theta), []
     for g in grads:
-        u, state = tx.update(g, state, theta)
+        u, state = tx.update(g, state, theta, value=1.0)
         theta = optax.apply_updates(theta, u)
         out.append(u)
     return out
@@ -47,6 +47,7 @@ def test_clips():
     close(updates(clip_norm=1.0)[0], [-0.3 / norm, -0.05 / norm], 0.4 / norm)
     close(updates(clip_norm=norm / 2, clip=1.0)[0], [-0.1, -0.025], 0.1)  # the norm first
     close(updates(clip_step=0.1)[0], [-0.1, -0.05], 0.1)
+    close(updates(clip_step_norm=0.1)[0], [-0.3 / norm, -0.05 / norm], 0.4 / norm)
 
 
 def test_weight_decay_is_decoupled_and_spares_what_is_frozen():
@@ -90,7 +91,7 @@ def test_the_average_counts_updates_and_not_accumulated_gradients():
     theta, ema, state = THETA, THETA, tx.init(THETA)
     expected, seen = np.asarray(THETA["b"]), []
     for step in range(1, 7):
-        u, state = tx.update(GRADS[0], state, theta)
+        u, state = tx.update(GRADS[0], state, theta, value=1.0)
         theta = optax.apply_updates(theta, u)
         ema = meta_optimizer.average(ema, theta, state, spec)
         expected = 0.5 * expected + 0.5 * np.asarray(theta["b"]) if step % 3 == 0 else expected
@@ -102,18 +103,21 @@ def test_the_average_counts_updates_and_not_accumulated_gradients():
 
 @pytest.mark.parametrize("name", meta_optimizer.optimizers())
 def test_every_optimizer_of_optax_takes_part(name):
-    """As `make` calls it: with a schedule, and gradients alone."""
+    """As a meta-step calls it: with a schedule, gradients and the meta-loss."""
     theta = {"matrix": jnp.ones((2, 3)), **THETA}
     settings = {"key": 1} if name == "noisy_sgd" else {}  # it warns otherwise
     tx = meta_optimizer.make(MetaOptimizer(name=name, settings=settings, warmup=0), 10, theta)
     state = jax.eval_shape(tx.init, theta)
-    found, after = jax.eval_shape(tx.update, theta, state, theta)
+    found, after = jax.eval_shape(lambda *given: tx.update(*given, value=jnp.ones(())), theta, state, theta)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), theta)
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_which_optimizers_there_are():
-    assert {"adam", "nadam", "nadamw", "lion", "muon", "prodigy", "ademamix"} <= set(meta_optimizer.optimizers())
+    some = {"adam", "nadam", "nadamw", "lion", "muon", "prodigy", "ademamix", "rprop", "momo", "scale_by_adam"}
+    assert some <= set(meta_optimizer.optimizers())
+    close(updates(name="scale_by_sign")[0], [-0.1, -0.1], 0.1)
+    close(updates(GRADS[:1] * 3, name="rprop")[2], [-0.12, -0.12], 0.12)  # longer where signs agree
     for name, factory in (("nadamw", optax.nadamw), ("ademamix", optax.contrib.ademamix)):
         tx = factory(0.1)
         expected, _ = tx.update(GRADS[0], tx.init(THETA), THETA)
@@ -132,6 +136,11 @@ def test_what_is_not_there_is_named():
         updates(name="admw")
     with pytest.raises(ValueError, match=r"settings: adam: unknown setting 'beta1'. Did you mean 'b1'"):
         updates(name="adam", settings={"beta1": 0.5})
+    for value in (2, "x", -0.1, True):
+        with pytest.raises(ValueError, match=r"meta_optimizer\.settings: adam: b1, got .*; valid: a number in \[0, 1"):
+            updates(name="adam", settings={"b1": value})
+    with pytest.raises(ValueError, match=r"meta_optimizer\.settings, got {'eps': 'x'}: TypeError.*valid: what"):
+        updates(name="adam", settings={"eps": "x"})
     with pytest.raises(ValueError, match=r"config.freeze: unknown part of theta 'c'"):
         updates(freeze=("c",))
     for bad in (dict(clip=-1.0), dict(ema=1.0), dict(accumulate=0), dict(schedule="cos")):
@@ -158,4 +167,6 @@ def test_a_run_that_loses_its_gradients_is_stopped_and_the_group_named():
         loop._refuse_divergence(SMALL, 100, line)
     with pytest.raises(ValueError, match=r"They did not move theta\. The newest checkpoint is of meta-step 90; valid"):
         loop._refuse_divergence(SMALL, 100, line, [70, 90])
+    with pytest.raises(ValueError, match=r"1 of 500 meta-gradients .* more than skip_limit = 0 allows"):
+        loop._refuse_divergence(dataclasses.replace(SMALL, skip_limit=0), 500, line | {"skipped": 1.0})
     loop._refuse_divergence(dataclasses.replace(SMALL, skip_limit=0.2), 50, line | {"skipped": 10.0})
