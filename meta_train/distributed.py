@@ -78,16 +78,26 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def gather(tree: Any) -> Any:
-    """Whole arrays in every process's memory as numpy, of arrays that are spread over all devices."""
+def gather(tree: Any, *, everywhere: bool = True) -> Any:
+    """Whole arrays as numpy, of arrays that are spread over all devices; all processes must ask.
+
+    Args:
+      tree: of the arrays.
+      everywhere: in every process; else in the first alone, and None in the others, which hold no more than one array
+        at a time.
+    """
     import jax
     import numpy as np
 
-    if several():
-        from jax.experimental import multihost_utils
+    if not several():
+        return jax.tree.map(np.asarray, jax.device_get(tree))
+    from jax.experimental import multihost_utils
 
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    def one(x: Any) -> Any:
+        whole = multihost_utils.process_allgather(x, tiled=True)
+        return whole if everywhere or first() else None
+
+    return jax.tree.map(one, tree)
 
 
 def each(tree: Any) -> Any:

@@ -182,7 +182,7 @@ def of_this(tree: Any, mesh: Mesh) -> Any:
 
 
 def gather(states: Sequence[Any], shapes: Sequence[Any], placement: Placement) -> tuple[Any, ...]:
-    """All groups' particles in every process's memory, as numpy; all processes must ask.
+    """All groups' particles as numpy in the first process, None in the others; all processes must ask.
 
     Args:
       states: of the groups, those held here in their rows.
@@ -195,8 +195,12 @@ def gather(states: Sequence[Any], shapes: Sequence[Any], placement: Placement) -
         mine = jax.tree.map(lambda x, size=size: np.zeros((size, *x.shape[1:]), x.dtype), shapes[i])
         if i in placement.here:
             mine = jax.tree.map(np.asarray, jax.device_get(states[i]))
-        everyones = distributed.each(mine)
-        whole.append(jax.tree.map(lambda x, held=held: np.concatenate([x[p] for p in held]), everyones))
+
+        def together(x: np.ndarray, held=held) -> np.ndarray | None:
+            every = distributed.each(x)
+            return np.concatenate([every[p] for p in held]) if distributed.first() else None
+
+        whole.append(jax.tree.map(together, mine))
     return tuple(whole)
 
 

@@ -73,7 +73,7 @@ class Program(NamedTuple):
       stages: each with its `meta_step: (data, State) -> (State, metrics)`; State is donated and of the same shapes in
         all; metrics are scalars by name.
       place: puts a whole State of host arrays on the devices.
-      gather: a whole State as numpy in every process; all processes must ask.
+      gather: a whole State as numpy in the first process, of use to no other; all processes must ask.
       shapes: of a whole State.
       layout: in words, the devices and processes that a State lies on.
       batches: in words, what a task's batches are, which its config need not say.
@@ -337,7 +337,8 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
             out_shardings=(rest, replicated),
             compiler_options=options,
         )
-        step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet, mesh.size)
+        turn = jax.jit(lambda: jnp.zeros(mesh.size), out_shardings=spread)()
+        step = separate.Separate([part(i) for i in range(len(pieces.weights))], meet, turn)
         step.trace(data, lying)  # errors of settings surface before anything is written
         return step
 
@@ -351,7 +352,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
     data, place = put(pieces.data), _copy_to(shardings)
     lying = jax.eval_shape(place, pieces.shapes)
     stages, fed = tuple(compiled(stage) for stage in pieces.schedule), pieces.feed(data=data, put=put)
-    words, gather = _words(mesh), distributed.gather
+    words, gather = _words(mesh), partial(distributed.gather, everywhere=False)
     return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, words, pieces.batches, fed)
 
 
@@ -403,7 +404,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
         return rest(state._replace(estimators=()))._replace(estimators=mine)
 
     def gather(state: State) -> State:
-        whole = distributed.gather(state._replace(estimators=()))
+        whole = distributed.gather(state._replace(estimators=()), everywhere=False)
         return whole._replace(estimators=placement.gather(state.estimators, pieces.shapes.estimators, placed))
 
     def init() -> State:

@@ -47,9 +47,9 @@ class Memory(NamedTuple):
 class Separate:
     """Like a jitted meta-step `(data, State) -> (State, metrics)`; State is donated."""
 
-    def __init__(self, parts: Sequence[Part], meet: Meet, devices: int):
+    def __init__(self, parts: Sequence[Part], meet: Meet, first: jax.Array):
         self._parts, self._meet = tuple(parts), meet
-        self._first = np.zeros(devices, np.float32)  # turn of the first group
+        self._first = first  # turn of the first group, one number a device
         self._compiled: Compiled | None = None
 
     def __call__(self, data: Sequence[Any], state: Any) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ class Separate:
 class Lowered:
     """All programs of a meta-step, as `jax.stages.Lowered` is one."""
 
-    def __init__(self, programs: Sequence[jax.stages.Lowered], first: np.ndarray):
+    def __init__(self, programs: Sequence[jax.stages.Lowered], first: jax.Array):
         self._first = first
         self._texts = [one.as_text() for one in programs]
         self._programs = dict(zip(self._texts, programs, strict=True))
@@ -94,7 +94,7 @@ class Lowered:
 class Compiled:
     """All programs of a meta-step, as `jax.stages.Compiled` is one."""
 
-    def __init__(self, programs: Sequence[jax.stages.Compiled], first: np.ndarray):
+    def __init__(self, programs: Sequence[jax.stages.Compiled], first: jax.Array):
         *self._parts, self._meet = programs
         self._first = first
 
