@@ -498,6 +498,7 @@ class Tiny(Rule):
     longest: float = 0.0
     largest: float = 0.0
     small: float = 1.0
+    spared: float = 0.0
     schedule: str = "cosine"
 
     def __post_init__(self):
@@ -537,6 +538,10 @@ class Tiny(Rule):
         """Factor of all lengths."""
         return np.sqrt(self.longest / self.num_steps) if 0 < self.longest < self.num_steps else 1.0
 
+    def greatest(self, least: float, first: float) -> float:
+        """What `largest` counts in."""
+        return max(least, first)
+
     def least(self, p, first: float) -> float:
         """The least root mean square that p is taken to have, `first` being its own at the start."""
         if not self.fan_in or p.ndim < 2:
@@ -561,8 +566,10 @@ class Tiny(Rule):
         share = self.step_mult * np.exp(log_step) * self.shortened()
         first = self.state.setdefault(f"{k}'s first size", np.sqrt(mean_square(p)))
         least = self.least(p, first)
-        size = share * min(max(np.sqrt(mean_square(p)), least), self.largest * least or np.inf)
+        rms = np.sqrt(mean_square(p))
+        size = share * min(max(rms, least), self.largest * self.greatest(least, first) or np.inf)
         shrink = share * self.decay * np.exp(log_decay[0]) if self.decay and p.ndim > 1 else 0
+        shrink *= max(1 - (self.spared * least / rms) ** 2, 0)
         return -self.rate() * (size * direction + (shrink + self.weight_decay) * p)
 
 

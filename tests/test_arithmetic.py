@@ -134,7 +134,7 @@ CASES = {
     ),
     "tiny, bounded": Case(
         "tiny",
-        dict(hidden=4, step_mult=0.1, fan_in=2.5, min_rms=0.5, largest=1.1, small=0.53),
+        dict(hidden=4, pace=8, decay=2.0, step_mult=0.1, fan_in=2.5, min_rms=0.3, largest=1.1, small=0.53, spared=0.8),
         dict(num_steps=100),
         "mat sq vec r5",
     ),
@@ -384,6 +384,8 @@ WRONG: dict[str, tuple[str, dict[str, Any] | Patch]] = {  # what is wrong with t
         Patch(R.Tiny, "shortened", lambda f: lambda self: np.sqrt(self.longest / self.num_steps)),
     ),
     "tiny: any size": ("tiny, bounded", dict(largest=0.0)),
+    "tiny: no larger than the least": ("tiny, bounded", Patch(R.Tiny, "greatest", lambda f: lambda self, x, first: x)),
+    "tiny: none is spared": ("tiny, bounded", dict(spared=0.0)),
     "tiny: whatever it started as": ("tiny, bounded", dict(small=1.0)),
     "tiny: as small as it started": ("tiny, bounded", dict(small=1e-3)),
     "tiny: as small as it is": (

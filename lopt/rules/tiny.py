@@ -106,6 +106,7 @@ def tiny(
     longest: float = 0.0,
     largest: float = 0.0,
     small: float = 1.0,
+    spared: float = 0.0,
 ) -> LearnedOptimizer:
     """Build the rule.
 
@@ -133,11 +134,15 @@ def tiny(
         length is a share s of the tensor's size, in directions that are noise, multiplies the size by sqrt(1 + s²);
         over num_steps of them it grows without bound, and units die, unless s² · num_steps stays what it was where
         the rule was meta-trained. 0: never.
-      largest: root mean square that a tensor is taken to have at most, in units of the least one. What noise has made
-        larger than that grows with the root of the number of steps, no longer exponentially. 0: no bound.
+      largest: root mean square that a tensor is taken to have at most, in units of the least one, or of its own at the
+        start where that is more. What noise has made larger than that grows with the root of the number of steps, no
+        longer exponentially. 0: no bound.
       small: a tensor of rank >= 2 that starts smaller than fan_in/sqrt(n), and not at 0, is taken to be as large as it
         starts at least, but no less than this share of fan_in/sqrt(n): whoever made it small (a SIREN's hidden layers
         by a factor of thirty) knew why. 1: never.
+      spared: what is not larger than this, in units of the least root mean square, does not decay; what is decays by
+        1 - (spared · least / rms)² of what it would. 0: all does. Over a long horizon decay would otherwise hold
+        weights at sizes too small to fit anything.
 
     The default `schedule` is "cosine"; `num_steps` is needed whatever the schedule, as t/num_steps is a feature.
 
@@ -147,7 +152,8 @@ def tiny(
     if not isinstance(pace, int) or pace < 0:
         raise ValueError(f"tiny: pace, got {pace}; valid: an integer >= 0.")
     positive("tiny", hidden=hidden, step_mult=step_mult, min_rms=min_rms, clip=clip, pace_gain=pace_gain)
-    for key, value in (("decay", decay), ("fan_in", fan_in), ("average", average), ("longest", longest)):
+    at_least_0 = dict(decay=decay, fan_in=fan_in, average=average, longest=longest, spared=spared)
+    for key, value in at_least_0.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"tiny: {key}, got {value!r}; valid: a number >= 0.")
     if largest and not 1 <= largest < math.inf:
@@ -207,15 +213,18 @@ def tiny(
             share = step_mult * jnp.exp(theta.log_step + said[0])
             if longest:
                 share *= jnp.sqrt(jnp.minimum(longest / told.num_steps, 1.0))
-            if decay and matrix and "no_decay" not in tensor.leaf.labels:
-                # Not of what never had a gradient: a frozen part would vanish though nobody asked for decay.
-                seen = signals[-1] > SMALLEST / 10
-                tensor = tensor.decayed(jnp.where(seen, share * decay * jnp.exp(said[1]), 0.0))
             least: Any = min_rms
             if fan_in and matrix:
                 least = fan_in / math.sqrt(math.prod(shape[:-1]))
                 least *= jnp.where(initial > 0, jnp.clip(initial / least, small, 1.0), 1.0)
-            size = share * jnp.clip(rms, least, largest * least if largest else None)
+            if decay and matrix and "no_decay" not in tensor.leaf.labels:
+                # Not of what never had a gradient: a frozen part would vanish though nobody asked for decay.
+                seen = signals[-1] > SMALLEST / 10
+                excess = 1 - jnp.square(spared * least / jnp.maximum(rms, SMALLEST * least)) if spared else 1.0
+                shrink = share * decay * jnp.exp(said[1]) * jnp.maximum(excess, 0.0)
+                tensor = tensor.decayed(jnp.where(seen, shrink, 0.0))
+            most = largest * jnp.maximum(least, initial) if largest else None
+            size = share * jnp.clip(rms, least, most)
             matrices = F.orthogonalize if newton_schulz and matrix else None
             scaled = Scaled(lambda square: size * jax.lax.rsqrt(square + 1e-12), None, matrices)
             moved, acc = F.move(tensor, direction, rows, scaled)
@@ -239,5 +248,6 @@ def tiny(
         longest=longest,
         largest=largest,
         small=small,
+        spared=spared,
     )
     return define("tiny", settings, init_theta, arithmetic, needs={"num_steps"}, schedule="cosine", average=average)

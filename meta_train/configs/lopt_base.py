@@ -29,6 +29,7 @@ RUN = Run(
         "longest": 1000.0,
         "largest": 5.0,
         "small": 0.1,
+        "spared": 0.7,
     },
     groups=(
         Group("image_mlp", {**IMAGES, "hidden": [32], "log10_init_scale": 0.5}, 0.5, 0.35),
