@@ -144,7 +144,7 @@ def plot_meta_loss(path: Path, run: cfg.Run, metrics: Sequence[dict[str, float]]
     steps = [m["step"] for m in metrics]
     styles = ("-", "--", ":", "-.")
     for i, group in enumerate(run.groups):
-        loss = np.array([m[f"meta_loss/{i}"] for m in metrics])
+        loss = np.array([m.get(f"meta_loss/{i}", np.nan) for m in metrics])
         (line,) = axis.plot(steps, loss, styles[i % 4], lw=0.6, alpha=0.5)
         if len(loss) >= 2 * SMOOTH:
             mean = np.convolve(loss, np.ones(SMOOTH) / SMOOTH, mode="valid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -175,20 +176,24 @@ def test_each_process_of_the_slurm_script_finds_its_gpu(monkeypatch):
         assert SlurmCluster.get_coordinator_address(None, None).startswith("node3:")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "lopt-base"])
+@pytest.mark.parametrize("name", ["quickstart", "lopt-base", "lopt-tiny", "nn_adam"])
 def test_shipped_weights_are_of_their_recipe(name):
     """Weights and named config belong together: what the card says to run is what was run.
 
-    Keys that are younger than the weights have defaults that leave everything as it was, or stand in the record too.
+    Settings of the rule that are younger than the weights stand in the card, as what was set afterwards.
     """
     import json
 
     from meta_train.config import Run, load
 
-    provenance = json.loads((ROOT / "checkpoints" / name / "config.json").read_text())["provenance"]
-    run = load(name)
-    assert Run.from_json(provenance["run"]) == run
-    assert provenance["meta_steps"] == run.meta_steps
+    config = json.loads((ROOT / "checkpoints" / name / "config.json").read_text())
+    card = (ROOT / "checkpoints" / name / "README.md").read_text()
+    was, run = Run.from_json(config["provenance"]["run"]), load(name)
+    assert config["provenance"]["meta_steps"] == run.meta_steps
+    assert dataclasses.replace(was, rule_settings=run.rule_settings) == run
+    assert was.rule_settings.items() <= run.rule_settings.items() <= config["settings"].items()
+    for later in run.rule_settings.keys() - was.rule_settings.keys():
+        assert f"`{later}`" in card, later
 
 
 def test_every_table_of_the_benchmark_has_its_place():

@@ -1,6 +1,8 @@
 """lopt_base's recipe for updates that cost a tenth as much: directions of matrices are not made orthogonal.
 
 lopt-train lopt_tiny
+
+The resulting weights are in checkpoints/lopt-tiny.
 """
 
 import dataclasses

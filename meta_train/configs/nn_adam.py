@@ -1,6 +1,8 @@
 """Adam with hyper-parameters that an LSTM sets over time, learned by lopt_base's budget, for comparison.
 
 lopt-train nn_adam
+
+The resulting weights are in checkpoints/nn_adam.
 """
 
 import dataclasses
