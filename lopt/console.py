@@ -88,7 +88,7 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
     """Progress with an ETA: a bar on a terminal, else a line every `every` seconds.
 
     Yields:
-      `report(done, note)`.
+      `report(done, note)`; with `done = start`, when preparations are over whose time says nothing about the rest.
     """
     if sys.stderr.isatty():
         from rich.console import Console
@@ -110,26 +110,25 @@ def progress(what: str, total: int, *, start: int = 0, every: float = 10.0) -> I
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        # Rich reckons with the last half minute, in which slow steps report once or never.
+        with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bars:
             bar = bars.add_task(what, total=total, completed=start, note="")
             yield lambda done, note="": bars.update(bar, completed=done, note=note)
         return
-    began, last, first = time.monotonic(), 0.0, (start, 0.0)
+    began, last, since = time.monotonic(), 0.0, (start, 0.0)
 
     def report(done: int, note: str = "") -> None:
-        nonlocal last, first
+        nonlocal last, since
         elapsed = time.monotonic() - began
-        # The first of all took longer, since it was compiled, and says little about the rest.
-        first = (done, elapsed) if first[0] == start < done else first
+        if done == start:
+            since = (start, elapsed)
         if done >= total or elapsed - last >= every:
             last = elapsed
-            since, spent = (first[0], elapsed - first[1]) if done > first[0] else (start, elapsed)
-            left = spent / max(done - since, 1) * (total - done)
-            print(
-                f"{what} {done}/{total}  {span(elapsed)}  ETA {span(left)}  {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            left = (elapsed - since[1]) / max(done - since[0], 1) * (total - done)
+            eta = f"ETA {span(left)}  " if done > since[0] else ""
+            print(f"{what} {done}/{total}  {span(elapsed)}  {eta}{note}".rstrip(), file=sys.stderr, flush=True)
+        # The first of all took longer, and says little about the rest.
+        since = (done, elapsed) if since == (start, 0.0) else since
 
     yield report
 

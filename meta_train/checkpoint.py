@@ -7,11 +7,14 @@ system that is away, a disk that stutters): nothing is deleted for it before a n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from lopt.pretrained import named_leaves
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and what we report ourselves
 
@@ -39,16 +44,16 @@ def digest(tree: Any) -> str:
 class Checkpoints:
     """The steps of a run directory: the latest two and the best by meta-loss are kept."""
 
-    def __init__(self, directory: Path, identity: str, layout: str | None = None, beside: Sequence[str] | None = None):
+    def __init__(self, directory: Path, identity: str, layout: str | None = None, beside: Any = None):
         """Open a folder of steps, which is made if need be.
 
         Args:
           directory: of the steps.
           identity: what the state belongs to (a digest of the config); another one's steps are refused.
-          layout: in words, the devices that it lies on; another one's steps are restored, and the difference is told.
-            None where nothing goes on from them.
-          beside: lines on what else makes the run and is not in its config, such as the batches of a task that is the
-            user's own; steps of other ones are refused. None: it does not matter.
+          layout: in words, the devices that it lies on and the data that are there; another one's steps are restored,
+            and the difference is told. None where nothing goes on from them.
+          beside: shapes, by name, of what else makes the run and is not in its config, such as the batches of a task
+            that is the user's own; steps of other ones are refused. None: it does not matter.
         """
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)]
@@ -70,13 +75,14 @@ class Checkpoints:
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
-        beside = list(self._beside or ())
-        belongs = {"identity": self._identity, "layout": self._layout, "leaves": leaves(tree), "beside": beside}
+        shapes = {"leaves": leaves(tree), "beside": leaves(self._beside)}
+        belongs = {"step": step, "identity": self._identity, "layout": self._layout, **shapes}
         seal = {"arrays": digest(tree), "belongs": belongs}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({**seal, "sha256": _sha256(seal)})
         )
-        self._manager.save(step, args=items, metrics={"loss": loss}, force=True)  # waits for the one before
+        with self._written():
+            self._manager.save(step, args=items, metrics={"loss": loss}, force=True)  # waits for the one before
         self._forget_aside()
         self._newest = step
 
@@ -101,18 +107,18 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 seal = self._seal(step)
+                belongs = seal["belongs"]
+                other = self._other(belongs, shapes)
+                tree = None if other else self._arrays(step, shapes, seal["arrays"])
             except Exception as e:  # a truncated or deleted file raises one of many kinds
-                skipped.append(_damaged(step, e))
+                reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
+                skipped.append(f"checkpoint {step} is damaged or cannot be read ({reason})")
                 continue
-            belongs = seal["belongs"]
-            self._refuse_others(step, belongs, shapes)
-            try:
-                tree = self._arrays(step, shapes)
-                if digest(tree) != seal["arrays"]:
-                    raise OSError("its sha256 differs from what was saved")
-            except Exception as e:
-                skipped.append(_damaged(step, e))
-                continue
+            if other:
+                raise ValueError(
+                    f"checkpoint {step} {other}; valid: what it was saved with, or a new run (with init_from= to start "
+                    "at this one's weights)."
+                )
             if self._layout is not None and belongs["layout"] != self._layout:
                 skipped.append(
                     f"checkpoint {step} was made on {belongs['layout']} and goes on on {self._layout}: no longer "
@@ -139,9 +145,21 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
         self._forget_aside()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Where what is saved finds no room or may not be written, the system's error and not TensorStore's words."""
+        try:
+            yield
+        except ValueError as e:
+            code = re.search(r"os_error_code='(\d+)'", str(e))
+            if not code:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(self._directory)) from e
 
     def _forget_aside(self) -> None:
         for path in self._directory.glob(f"{ASIDE}*"):
@@ -153,46 +171,40 @@ class Checkpoints:
         seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
         if _sha256({name: seal[name] for name in ("arrays", "belongs")}) != seal["sha256"]:
             raise OSError("its seal is not what was saved")
+        if seal["belongs"]["step"] != step:
+            raise OSError(f"it was saved as {seal['belongs']['step']}")
         return seal
 
-    def _arrays(self, step: int, shapes: Any) -> Any:
+    def _arrays(self, step: int, shapes: Any, sha256: str) -> Any:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(_by_number(shapes)))
         kept = self._manager.restore(step, args=items)["state"]
         found = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
-        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+        tree = jax.tree.unflatten(jax.tree.structure(shapes), found)
+        if digest(tree) != sha256:
+            raise OSError("its sha256 differs from what was saved")
+        return tree
 
-    def _refuse_others(self, step: int, belongs: dict[str, Any], shapes: Any) -> None:
-        """Raise ValueError for a step of another run than this one."""
+    def _other(self, belongs: dict[str, Any], shapes: Any) -> str:
+        """In what a step is of another run than this one; empty if it is of this one."""
         if belongs["identity"] != self._identity:
-            raise ValueError(
-                f"checkpoint {step} belongs to another config: config.json was changed; valid: the config it "
-                "was saved with, or a new run (with init_from= to start at this one's weights)."
-            )
-        pairs = [(belongs["leaves"], leaves(shapes))]
-        pairs += [] if self._beside is None else [(belongs["beside"], list(self._beside))]
-        for saved, now in pairs:
-            if saved != now:
+            return "belongs to another config: config.json was changed"
+        for saved, now in ((belongs["leaves"], leaves(shapes)), (belongs["beside"], leaves(self._beside))):
+            if saved != now and now is not None:
                 gone, new = ([x for x in xs if x not in ys] for xs, ys in ((saved, now), (now, saved)))
-                raise ValueError(
-                    f"checkpoint {step} has {gone[0] if gone else 'no ' + new[0]}, where the run now has "
-                    f"{new[0] if new else 'no such'}: a task, the rule or a library has been changed since; valid: "
-                    "what it was saved with, or a new run (with init_from= to start at this one's weights)."
+                return (
+                    f"has {gone[0] if gone else 'no ' + new[0]}, where the run now has {new[0] if new else 'no such'}: "
+                    "a task, the rule or a library has been changed since"
                 )
+        return ""
 
 
-def leaves(tree: Any) -> list[str]:
-    """Path, dtype and shape of each leaf."""
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    return [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {x.dtype}{list(x.shape)}" for path, x in named]
+def leaves(tree: Any) -> list[str] | None:
+    """Path, dtype and shape of each leaf; None of None."""
+    return None if tree is None else [f"{name} {x.dtype}{list(x.shape)}" for name, x in named_leaves(tree).items()]
 
 
 def _sha256(seal: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(step: int, e: Exception) -> str:
-    reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'unreadable'}"[:200]
-    return f"checkpoint {step} is damaged or cannot be read ({reason})"
 
 
 def _numpy(tree: Any) -> Any:

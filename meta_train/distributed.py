@@ -78,13 +78,10 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def gather(tree: Any, *, everywhere: bool = True) -> Any:
-    """Whole arrays as numpy, of arrays that are spread over all devices; all processes must ask.
+def gather(tree: Any) -> Any:
+    """Whole arrays as numpy in the first process, of arrays that are spread over all devices; all processes must ask.
 
-    Args:
-      tree: of the arrays.
-      everywhere: in every process; else in the first alone, and None in the others, which hold no more than one array
-        at a time.
+    The others have None in their place, and hold no more than one array at a time.
     """
     import jax
     import numpy as np
@@ -95,7 +92,7 @@ def gather(tree: Any, *, everywhere: bool = True) -> Any:
 
     def one(x: Any) -> Any:
         whole = multihost_utils.process_allgather(x, tiled=True)
-        return whole if everywhere or first() else None
+        return whole if first() else None
 
     return jax.tree.map(one, tree)
 
@@ -131,10 +128,23 @@ def most(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def refuse_together(error: ValueError | None) -> None:
+def refuse_together(error: Exception | None) -> None:
     """Raise in every process if process 0 met an error; all of them must ask."""
     if most(0 if error is None else 1):
         raise error or ValueError("lopt-train: process 0 ended with an error; its words are in its log.")
+
+
+def refuse_others(sha256: str) -> None:
+    """Raise ValueError in every process unless all of them were given the same; all of them must ask."""
+    import numpy as np
+
+    mine = np.frombuffer(bytes.fromhex(sha256), np.uint8).astype(np.int32)
+    others = [i for i, one in enumerate(each(mine)) if not np.array_equal(one, agree(mine))]
+    if others:
+        raise ValueError(
+            f"lopt-train --distributed: the config of process {others[0]} is not that of process 0; valid: the same "
+            "command line, and the same files, in all processes."
+        )
 
 
 def part() -> None:

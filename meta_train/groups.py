@@ -13,7 +13,6 @@ import jax
 
 import tasks
 from meta_train import config as cfg
-from meta_train.checkpoint import leaves
 from tasks import Task, held_out
 
 
@@ -46,13 +45,13 @@ def param_shapes(task: Task) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in named}
 
 
-def batch_shapes(where: str, task: Task) -> list[str]:
-    """Lines on the arrays of a training batch of a task."""
+def batch_shapes(task: Task) -> Any:
+    """Shapes of a training batch of a task."""
 
     def batch(key: jax.Array, data: Any) -> Any:
         return task.batch(key, task.sample(key), data, "train")
 
-    return [f"{where}{line}" for line in leaves(jax.eval_shape(batch, jax.random.key(0), task.data))]
+    return jax.eval_shape(batch, jax.random.key(0), task.data)
 
 
 def programs(run: cfg.Run) -> Iterator[str]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -31,6 +33,8 @@ from meta_train.nowcast_config import Nowcasting
 
 T = TypeVar("T")
 DEFAULT = "quickstart"  # config of `lopt-train --task ...`
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 START = "init_from"  # a run's copy of the artifact that it starts at
 USAGE = """usage: lopt-train CONFIG [--key value ...] [--out DIR]   meta-train; CONFIG --help lists the keys
                                                       CONFIG is a named one, a file.py that defines RUN,
@@ -117,6 +121,13 @@ def main(argv: list[str] | None = None) -> int:
             return start(command, args[1:])
     except ValueError as e:
         return fail(e)
+    except OSError as e:
+        if e.errno not in UNWRITABLE:
+            raise
+        return fail(
+            f"lopt-train: {e.filename or 'the run directory'}: {e.strerror}; valid: a folder that can be written, with "
+            "room. Checkpoints that were saved are kept, and `lopt-train resume` goes on from them."
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -185,6 +196,7 @@ def start(name: str, args: list[str]) -> int:
         raise ValueError("lopt-train --distributed: no --out; valid: a new folder, the same for all processes.")
     with _joined(launch.join) as writes:
         run = _pinned(launch.run)
+        _same_everywhere(run)
         program = _build(run)  # every name and value is known to be good from here on
         folder = Path(launch.out)
 
@@ -244,9 +256,16 @@ def _by_the_first(writes: bool, action: Callable[[], None]) -> None:
     try:
         if writes:
             action()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         error = e
     distributed.refuse_together(error)
+
+
+def _same_everywhere(run: cfg.Run) -> None:
+    """Raise ValueError in every process if one of them was given another run: their collectives would not meet."""
+    from meta_train import distributed
+
+    distributed.refuse_others(hashlib.sha256(json.dumps(run.to_json(), sort_keys=True).encode()).hexdigest())
 
 
 def _suites(option: str) -> dict[str, Any]:
@@ -314,6 +333,7 @@ def resume(args: Resume) -> int:
         with _locked(folder):
             return nowcast.go(run, folder)
     with _joined(args.join) as writes, _locked(folder) if writes else contextlib.nullcontext():
+        _same_everywhere(run)
         return _go(run, _build(run, folder), folder)
 
 
@@ -354,8 +374,12 @@ def _read_run(directory: str) -> tuple[Path, Any]:
         tree = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"lopt-train: {directory} is not a run directory: {path}: {e}.") from None
+    if "format_version" in tree:
+        raise ValueError(f"lopt-train: {directory} is an artifact and not a run directory; lopt.load reads it.")
     try:
         return folder, cfg.from_json(tree)
+    except ValueError as e:
+        raise ValueError(f"lopt-train: {path}: {e}") from None
     except TypeError as e:
         raise ValueError(f"lopt-train: {path} is damaged: {e}.") from None
 
@@ -448,21 +472,23 @@ def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
 
     began = time.monotonic()
     parameters = artifact.count(program.rule)
+    each = [stage.inner_steps for stage in program.stages]
+    steps = f"{min(each)} to {max(each)}" if min(each) < max(each) else each[0]
     at_most = " at most" if run.estimator.name in WHOLE_EPISODES and run.horizon.low < run.horizon.high else ""
     say(
         f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
-        f"{program.inner_steps} inner steps{at_most}, run directory {folder}"
+        f"{steps} inner steps{at_most}, run directory {folder}"
     )
     for line in _differs_from_start(program.rule, folder):
         say(line)
     state, came = loop.train(run, program, folder, say, profile=profile)
     state = distributed.gather(state._replace(estimators=(), opt=()))
     distributed.part()
+    if not first:
+        return 128 + came if came else 0
     if came:
         say(f"stopped and saved at meta-step {int(state.step)}; go on with: lopt-train resume {folder}")
         return 128 + came
-    if not first:
-        return 0
     say(f"meta-trained in {span(time.monotonic() - began)}")
     metrics = loop.read_metrics(folder)
     chosen = artifact.choose(state)

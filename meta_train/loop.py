@@ -52,6 +52,7 @@ class Meter:
 
     def __init__(self):
         self._pending: list[dict[str, jax.Array]] = []
+        self._compiled: dict[int, float] = {}  # which of them were compiled first, and seconds of that and them
         self._since = time.monotonic()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -61,11 +62,25 @@ class Meter:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def window(self) -> tuple[list[dict[str, Any]], float]:
-        """What was measured, and in how many seconds; waits for the device and begins anew."""
+        """What was measured, and inner steps a second; waits for the device and begins anew.
+
+        A meta-step that is compiled first says nothing about the speed, unless there is no other.
+        """
         window, now = jax.device_get(self._pending), time.monotonic()
-        seconds = max(now - self._since, 1e-9)
-        self._pending, self._since = [], now
-        return window, seconds
+        compiled = self._compiled if len(self._compiled) < len(window) else {}
+        seconds = now - self._since - sum(compiled.values())
+        steps = sum(float(m.get("inner_steps", 1)) for i, m in enumerate(window) if i not in compiled)
+        self._pending, self._compiled, self._since = [], {}, now
+        return window, steps / max(seconds, 1e-9)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """One meta-step is compiled, run and added."""
+        jax.block_until_ready(self._pending)
+        began = time.monotonic()
+        yield
+        jax.block_until_ready(self._pending)
+        self._compiled[len(self._pending) - 1] = time.monotonic() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -89,11 +104,12 @@ def train(
     """
     first = distributed.first()
     begun = (folder / "checkpoints").exists() or bool(read_metrics(folder))
-    checkpoints = (
-        Checkpoints(folder / "checkpoints", run.identity(), program.layout, program.batches) if first else None
-    )
+    lies = f"{program.layout}, {program.digest}"
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), lies, program.batches) if first else None
     state, at = _restore(run, program, checkpoints, say, begun)
     log = Log(folder, after=at) if first else None
+    if log and (lost := set(range(run.log_every, at + 1, run.log_every)) - log.steps):
+        say(f"metrics.jsonl: {len(lost)} lines up to meta-step {at} are missing or damaged, the first of {min(lost)}")
     validate, loss, came, notes = program.validate, float("inf"), 0, ["", ""]
     told: set[str] = set()
     report_to = progress("meta-step", run.meta_steps, start=max(at, 0)) if first else nullcontext(lambda *_: None)
@@ -106,15 +122,19 @@ def train(
             if log:
                 log.write({"step": 0, **_floats(scores)})
         at = begin = max(at, 0)
-        meter = Meter()
+        meter, stage = Meter(), None
         while at < run.meta_steps and not came:
             if profile and at - begin == min(PROFILED[0], run.meta_steps - begin - 1):
                 jax.profiler.start_trace(str(folder / "profile"))
                 last.callback(_end_trace)
             # What has no part in a meta-step is kept out of its program, whose bits it could change.
-            moved, metrics = program.at(at).meta_step(program.feed(at), state._replace(best=()))
+            with nullcontext() if stage is program.at(at) else meter.compiling():
+                stage = program.at(at)
+                moved, metrics = stage.meta_step(program.feed(at), state._replace(best=()))
+                meter.add(metrics)
+            if at == begin:
+                report(begin, "compiled")
             state = moved._replace(best=state.best)
-            meter.add(metrics)
             at += 1
             if profile and at - begin == PROFILED[1]:
                 jax.block_until_ready(state)
@@ -128,9 +148,8 @@ def train(
             save = at % run.checkpoint_every == 0 or at == run.meta_steps or came
             # A line with each checkpoint too: what was measured and not written would be lost to who resumes there.
             if at % run.log_every == 0 or save:
-                window, seconds = meter.window()
-                line = _summary(window)
-                line["inner_steps_per_second"] = round(line["inner_steps"] / seconds)
+                window, speed = meter.window()
+                line = {**_summary(window), "inner_steps_per_second": round(speed)}
                 loss, notes[0] = line["meta_loss"], _progress(line)
             if validate and (at % run.validation.every == 0 or at == run.meta_steps):
                 with meter.paused():

@@ -115,6 +115,7 @@ UNFIT = {  # what they want that a run does not have
     "sophia": OTHER_POINTS,
 }
 SHARES = ("b1", "b2", "b3", "momentum")  # settings that are decays of averages, whatever the optimizer
+SMALL = {name: jax.ShapeDtypeStruct(x, "float32") for name, x in dict(matrix=(2, 3), vector=(2,), scalar=()).items()}
 
 
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
@@ -168,9 +169,6 @@ def _by_name(spec: cfg.MetaOptimizer, schedule: optax.Schedule) -> optax.Gradien
             f"{spec.name} takes: {', '.join(sorted(takes))}."
         ) from e
     return tx
-
-
-SMALL = {name: jax.ShapeDtypeStruct(x, "float32") for name, x in dict(matrix=(2, 3), vector=(2,), scalar=()).items()}
 
 
 def _takes_learning_rate(f: Any) -> bool:

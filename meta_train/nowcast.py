@@ -162,11 +162,11 @@ def _train(
 
 def _line(meter: Meter, skipped: dict[str, Any]) -> dict[str, float]:
     """Means of what was measured since the last line; waits for the device."""
-    window, seconds = meter.window()
+    window, speed = meter.window()
     names = sorted({name for one in window for name in one})
     line = {name: float(np.mean([one[name] for one in window])) for name in names}
     line |= {f"skipped/{name}": float(n) for name, n in skipped.items()}
-    line["steps_per_second"] = round(len(window) / seconds, 2)
+    line["steps_per_second"] = round(speed, 2)  # a meta-step counts as one
     return line
 
 
@@ -300,8 +300,8 @@ def go(run: Nowcasting, folder: Path, say: Callable[[str], None] = _say) -> int:
 def read_state(run: Nowcasting, folder: Path) -> tuple[training.State, int]:
     """Of the newest good checkpoint, and its meta-step. Raises ValueError if there is none."""
     checkpoints = Checkpoints(folder / "checkpoints", run.identity())
-    at, state, passed_over = checkpoints.restore(jax.eval_shape(lambda: training.init(run)))
+    at, state, _ = checkpoints.restore(jax.eval_shape(lambda: training.init(run)))
     checkpoints.close()
     if at < 0:
-        raise ValueError(f"lopt-train export: {folder} has no checkpoint that can be read. {' '.join(passed_over)}")
+        raise ValueError(f"lopt-train export: {folder} has no checkpoint that can be read.")
     return state, at

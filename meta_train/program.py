@@ -23,6 +23,7 @@ from lopt.console import compiler_options
 from lopt.pretrained import CONFIG, find, named_leaves, read
 from meta_train import config as cfg
 from meta_train import distributed, draws, meta_optimizer, placement, separate, validation
+from meta_train.checkpoint import digest
 from meta_train.estimators import REGISTRY as ESTIMATORS
 from meta_train.estimators.base import Estimate, Estimator
 from meta_train.estimators.unroll import finite
@@ -76,8 +77,9 @@ class Program(NamedTuple):
       gather: a whole State as numpy in the first process, of use to no other; all processes must ask.
       shapes: of a whole State.
       layout: in words, the devices and processes that a State lies on.
-      batches: in words, what a task's batches are, which its config need not say.
       feed: `meta-step -> data`, of which a window at a time may be on the devices.
+      batches: shapes of the groups' batches, which a config need not say.
+      digest: of the groups' data, in words.
       validate: `State -> (State, scores by name)`, or None without meta-validation.
     """
 
@@ -89,8 +91,9 @@ class Program(NamedTuple):
     gather: Callable[[State], State]
     shapes: State
     layout: str
-    batches: tuple[str, ...]
     feed: Callable[[int], tuple[Any, ...]]
+    batches: Any = None
+    digest: str = ""
     validate: Callable[[State], tuple[State, dict[str, jax.Array]]] | None = None
 
     def at(self, step: int) -> Stage:
@@ -108,8 +111,12 @@ class Program(NamedTuple):
         return self.stages[0].inner_steps
 
 
-def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation: int) -> Estimator:
+def make_estimator(
+    spec: cfg.Estimator, inner: Inner, template: Any, truncation: int, freeze: Sequence[str] = ()
+) -> Estimator:
     """The estimator of a config, given those of the settings that it takes.
+
+    What is frozen is not perturbed: its noise would be noise in the gradient of the rest.
 
     Raises:
       ValueError: for an unknown estimator, a setting it does not have, or a value out of range.
@@ -124,10 +131,19 @@ def make_estimator(spec: cfg.Estimator, inner: Inner, template: Any, truncation:
                 f"config.estimator.{name}, got {got}; valid: none, since {spec.name} does not perturb theta."
             )
     std = spec.std
-    if spec.std_parts:
+    if spec.std_parts or freeze:
         std = meta_optimizer.by_part("config.estimator.std_parts", template, spec.std_parts, spec.std)
+        std = _without(freeze, template, std)
     settings = dict(pairs=spec.pairs, particles=spec.pairs, std=std, truncation=truncation, sign=spec.sign)
     return factory(inner, **{name: value for name, value in settings.items() if name in takes})
+
+
+def _without(freeze: Sequence[str], template: Any, tree: Any) -> Any:
+    """A tree like theta with 0 for the parts that are frozen."""
+    if not freeze:
+        return tree
+    trained = meta_optimizer.by_part("config.freeze", template, dict.fromkeys(freeze, False), True)
+    return jax.tree.map(lambda keep, x: x if keep else 0 * x, trained, tree)
 
 
 def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | None:
@@ -138,7 +154,10 @@ def _start(run: cfg.Run, rule: LearnedOptimizer, start: Path | None) -> Any | No
     if not run.init_from:
         return None
     source = start or run.init_from
-    other, theta = read(source)
+    try:
+        other, theta = read(source)
+    except ValueError as e:
+        raise ValueError(f"config.init_from: {e}") from e
     came = json.loads((find(source) / CONFIG).read_text()).get("provenance", {})
     if came.get("run", {}).get("allow_held_out") and not run.allow_held_out:
         raise ValueError(
@@ -186,7 +205,7 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         inner = _inner(
             run, rule, group_tasks[group]._replace(data=data), run.groups[group], Horizon(stage.low, stage.high)
         )
-        return make_estimator(run.estimator, inner, template, stage.truncation)
+        return make_estimator(run.estimator, inner, template, stage.truncation, run.freeze)
 
     def initial(groups: Iterable[int]) -> State:
         """With the particles of some groups."""
@@ -205,10 +224,11 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
         every = tuple(states.get(i, ()) for i in range(len(group_tasks)))
         return State(zero, theta, tx.init(theta), every, zero, ema, best)
 
-    def estimate(stage, i, data, step, theta, state, number=None) -> tuple[Estimate, Any]:
+    def estimate(stage, i, number, data, step, theta, state) -> tuple[Estimate, Any]:
         """Of group i, with its data and its particles; `number` is i, traced where other groups share the program."""
-        key = jax.random.fold_in(jax.random.fold_in(seed(1), step), i if number is None else number)
-        return estimator(stage, i, data).estimate(key, theta, state)
+        key = jax.random.fold_in(jax.random.fold_in(seed(1), step), number)
+        found, state = estimator(stage, i, data).estimate(key, theta, state)
+        return found._replace(grad=_without(run.freeze, template, found.grad)), state
 
     def update(state: State, grad: Any, loss: Any, norms: Any, counts: Any) -> tuple[State, dict[str, jax.Array]]:
         """Move theta by the weighted gradient; losses and norms are [G], counts [4, G]."""
@@ -242,9 +262,10 @@ def build(run: cfg.Run, start: Path | None = None) -> Program:
     shapes = jax.eval_shape(lambda: initial(range(len(group_tasks))))
     data = [jax.device_get(task.data) for task in group_tasks]
     fed = partial(feed, group_tasks, every=run.window_steps)
-    batches = tuple(line for i, task in enumerate(group_tasks) for line in batch_shapes(f"groups.{i} batch", task))
-    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, batches, initial, estimate, update, most)
+    pieces = Pieces(rule, data, fed, run.schedule(), weights, shapes, initial, estimate, update, most)
     program = _together(pieces, mesh) if placed is None else _apart(pieces, mesh, placed)
+    batches = {f"groups.{i} batch": batch_shapes(t) for i, t in enumerate(group_tasks)}
+    program = program._replace(batches=batches, digest=f"data {digest(data)[:8]}")
     if not run.validation.tasks:
         return program
     return program._replace(validate=_validator(run, rule, group_tasks, mesh, seed(2)))
@@ -259,9 +280,8 @@ class Pieces(NamedTuple):
     schedule: tuple[cfg.Stage, ...]
     weights: Sequence[float]  # of the groups, summing to 1
     shapes: State
-    batches: tuple[str, ...]
     initial: Callable[[Iterable[int]], State]  # with the particles of these groups
-    estimate: Callable[..., tuple[Estimate, Any]]  # (stage, group, data, step, theta, its state)
+    estimate: Callable[..., tuple[Estimate, Any]]  # (stage, group, its number, data, step, theta, its state)
     update: Callable[..., tuple[State, dict[str, jax.Array]]]
     most: Callable[[cfg.Stage], int]  # inner updates of a meta-step
 
@@ -288,7 +308,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
 
     def one_program(stage: cfg.Stage) -> Any:
         def estimate(data, step, theta, state):
-            found, state = pieces.estimate(stage, 0, data, step, theta, state)
+            found, state = pieces.estimate(stage, 0, 0, data, step, theta, state)
             return found.across(AXIS), state
 
         def meta_step(data, state: State):
@@ -314,7 +334,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
 
         def part(i: int) -> Any:
             def estimate(number, data, step, theta, state, turn):
-                found, state = pieces.estimate(stage, i, data, step, theta, state, number)
+                found, state = pieces.estimate(stage, i, number, data, step, theta, state)
                 return separate.lead(found), state
 
             specs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, EVERYWHERE, SPREAD, SPREAD)
@@ -352,8 +372,7 @@ def _together(pieces: Pieces, mesh: Mesh) -> Program:
     data, place = put(pieces.data), _copy_to(shardings)
     lying = jax.eval_shape(place, pieces.shapes)
     stages, fed = tuple(compiled(stage) for stage in pieces.schedule), pieces.feed(data=data, put=put)
-    words, gather = _words(mesh), partial(distributed.gather, everywhere=False)
-    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, words, pieces.batches, fed)
+    return Program(pieces.rule, data, init, stages, place, distributed.gather, pieces.shapes, _words(mesh), fed)
 
 
 def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
@@ -365,7 +384,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
     def share(stage, data, step, theta, states):
         found, after = {}, list(states)
         for i in placed.here:
-            estimate, after[i] = pieces.estimate(stage, i, data[i], step, theta, states[i])
+            estimate, after[i] = pieces.estimate(stage, i, i, data[i], step, theta, states[i])
             found[i] = estimate.across(AXIS)
         lead = jax.lax.axis_index(AXIS) == 0
         return placement.bring(found, theta, pieces.weights, placed, lead), tuple(after)
@@ -404,7 +423,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
         return rest(state._replace(estimators=()))._replace(estimators=mine)
 
     def gather(state: State) -> State:
-        whole = distributed.gather(state._replace(estimators=()), everywhere=False)
+        whole = distributed.gather(state._replace(estimators=()))
         return whole._replace(estimators=placement.gather(state.estimators, pieces.shapes.estimators, placed))
 
     def init() -> State:
@@ -418,8 +437,7 @@ def _apart(pieces: Pieces, mesh: Mesh, placed: placement.Placement) -> Program:
     data = put(pieces.data)
     stages = tuple(compiled(stage) for stage in pieces.schedule)
     fed = pieces.feed(data=data, put=put)
-    words = _words(mesh, placed)
-    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, words, pieces.batches, fed)
+    return Program(pieces.rule, data, init, stages, place, gather, pieces.shapes, _words(mesh, placed), fed)
 
 
 def _devices_of(run: cfg.Run) -> tuple[Mesh, placement.Placement | None]:

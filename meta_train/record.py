@@ -17,6 +17,7 @@ class Log:
 
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= after]
+        self.steps = {int(line["step"]) for line in kept}  # of the lines that were there
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
@@ -32,7 +33,7 @@ class Log:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Whole lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    """Whole lines of a run's metrics.jsonl; one that a kill cut short, or that is damaged, is left out."""
     path = folder / "metrics.jsonl"
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -40,6 +41,6 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and "step" in line and all(isinstance(x, int | float) for x in line.values()):
             lines.append(line)
     return lines

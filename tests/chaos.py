@@ -1,4 +1,4 @@
-"""`make chaos`: a run is killed with kill -9 fifty times and its checkpoints are damaged thirty times.
+"""`make chaos`: a run is killed with kill -9 at least fifty times and its checkpoints are damaged thirty times.
 
 It must end with the theta and the metrics of a run that nobody disturbed, and every damage that matters must be told by
 the process that goes on: "checkpoint N is damaged". Whether one matters is found out here, apart from what the run
@@ -146,18 +146,20 @@ def main() -> int:
         raise SystemExit(f"chaos: the undisturbed run failed:\n{log.read_text()}")
     done: list[Damage] = []
     pending: list[Damage] = []
-    for i in range(args.kills):
+    kills = 0
+    while kills < args.kills or len(done) < args.damages:
         if not kill_once(cwd, log, not (cwd / "run" / "config.json").exists(), rng):
-            raise SystemExit(f"chaos: the run ended before kill {i + 1} of {args.kills}: raise META_STEPS")
+            raise SystemExit(f"chaos: the run ended after kill {kills}, damage {len(done)}: raise META_STEPS")
         pending = told(log.read_text(), pending)
-        # As likely at each kill as is needed to come to the number that was asked for.
-        due = rng.random() * (args.kills - i) < args.damages - len(done)
+        # As likely at each kill as is needed to come to the number that was asked for; after the last, always.
+        due = rng.random() * (args.kills - kills) < args.damages - len(done)
         did = damage(cwd / "run", rng) if due else None
         if did:
             done.append(did)
             pending.append(did)
+        kills += 1
         says = f"  {did.did}{'' if did.matters else ' (nobody reads it)'}" if did else ""
-        print(f"kill {i + 1}/{args.kills} at meta-step {lines(cwd / 'run')}{says}", flush=True)
+        print(f"kill {kills} at meta-step {lines(cwd / 'run')}{says}", flush=True)
     if begin(cwd, log, "resume", "run").wait():
         raise SystemExit(f"chaos: the run cannot go on:\n{log.read_text()}")
     pending = told(log.read_text(), pending)
@@ -165,7 +167,7 @@ def main() -> int:
     minutes, matter = (time.monotonic() - began) / 60, sum(one.matters for one in done)
     shows = not pending and (matter or not args.damages)
     print(
-        f"{args.estimator}: {args.kills} kills, {len(done)} checkpoints damaged: {matter} so that it matters, all told"
+        f"{args.estimator}: {kills} kills, {len(done)} checkpoints damaged: {matter} so that it matters, all told"
         f", and {len(done) - matter} in what nobody reads; weights and record "
         f"{'equal those of' if same else 'DIFFER FROM'} the undisturbed run; {minutes:.1f} minutes"
     )

@@ -564,9 +564,9 @@ class Tiny(Rule):
             more, *log_decay = self.pace(self.corrected(averages), p)
             log_step = log_step + more
         share = self.step_mult * np.exp(log_step) * self.shortened()
-        first = self.state.setdefault(f"{k}'s first size", np.sqrt(mean_square(p)))
-        least = self.least(p, first)
         rms = np.sqrt(mean_square(p))
+        first = self.state.setdefault(f"{k}'s first size", rms)
+        least = self.least(p, first)
         size = share * min(max(rms, least), self.largest * self.greatest(least, first) or np.inf)
         shrink = share * self.decay * np.exp(log_decay[0]) if self.decay and p.ndim > 1 else 0
         shrink *= max(1 - (self.spared * least / rms) ** 2, 0)

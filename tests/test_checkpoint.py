@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_a_damaged_step_is_passed_over(folder, harm):
     np.testing.assert_array_equal(found["x"], tree(2)["x"])
 
 
+def test_a_step_under_another_number_is_passed_over(folder):
+    (folder / "3").rename(folder / "9")
+    step, _, remarks = restored(folder)
+    assert step == 2
+    assert "checkpoint 9 is damaged or cannot be read (OSError: it was saved as 3)" in remarks[0]
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -133,12 +141,13 @@ def test_steps_of_other_leaves_are_refused_and_kept(folder, like, says):
 
 
 def test_steps_of_other_batches_are_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path, "mine", beside=["batch float32[8, 64]"])
+    eight, four = ({"batch": jax.ShapeDtypeStruct((size, 64), jnp.float32)} for size in (8, 4))
+    checkpoints = Checkpoints(tmp_path, "mine", beside=eight)
     checkpoints.save(1, tree(1), loss=0.0)
     checkpoints.close()
     assert restored(tmp_path)[0] == 1  # who does not ask
     with pytest.raises(ValueError, match=r"has batch float32\[8, 64\], where the run now has batch float32\[4, 64\]"):
-        Checkpoints(tmp_path, "mine", beside=["batch float32[4, 64]"]).restore(tree(0))
+        Checkpoints(tmp_path, "mine", beside=four).restore(tree(0))
 
 
 def test_whatever_is_done_to_a_file_is_told_or_changes_nothing(folder, tmp_path_factory):

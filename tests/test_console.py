@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,21 @@ def test_sums_are_right(length):
     x = jax.random.normal(jax.random.key(0), (4, length))
     summed = jax.jit(lambda x: x.sum(1), compiler_options=console.compiler_options())(x)
     np.testing.assert_allclose(summed, np.asarray(x, np.float64).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_is_reckoned_without_the_preparations(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def lines(*reports: tuple[float, int]) -> list[str]:
+        clock[0] = 0.0
+        with console.progress("step", 100, every=0.0) as report:
+            for at, done in reports:
+                clock[0] = at
+                report(done)
+        return capsys.readouterr().err.splitlines()
+
+    told = lines((60, 0), (62, 2), (70, 10))  # a step a second
+    assert told == ["step 0/100  1:00", "step 2/100  1:02  ETA 1:38", "step 10/100  1:10  ETA 1:30"]
+    # Who does not say when they are over is believed as soon as there are two reports.
+    assert lines((60, 10), (70, 20)) == ["step 10/100  1:00  ETA 9:00", "step 20/100  1:10  ETA 1:20"]

@@ -74,12 +74,12 @@ def begin(folder: Path, devices: int, *arguments: str) -> subprocess.Popen:
     )
 
 
-def begin_two(folder: Path) -> list[subprocess.Popen]:
+def begin_two(folder: Path, other: Path | None = None) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     join = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
-    return [begin(folder, 2, *join, str(i)) for i in range(2)]
+    return [begin(folder, 2, *join, "0"), begin(other or folder, 2, *join, "1")]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -113,6 +113,15 @@ def test_two_processes_train_what_one_does(tmp_path, one, processes):
         assert a.keys() == b.keys()  # once, by process 0, with what all groups did
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_processes_with_unlike_configs_are_refused(tmp_path):
+    """Each would compute with its own, and the first would write down what neither did."""
+    mine, other = (prepare(tmp_path / str(seed), dataclasses.replace(on(RUN), seed=seed)) for seed in (0, 1))
+    for code, out in map(finish, begin_two(mine, other)):
+        assert code == 2, out
+        assert "the config of process 1 is not that of process 0; valid: the same command line" in out
+    assert not (mine / "metrics.jsonl").exists()
 
 
 def test_the_loss_of_a_process_ends_the_others_and_the_run_goes_on(tmp_path):

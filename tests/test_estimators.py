@@ -36,6 +36,30 @@ def linear(horizon: int) -> Inner:
     return Inner(reset, step, {"x": 0, "t": None}, horizon, horizon)
 
 
+def varied() -> Inner:
+    """`linear` with horizons drawn from 6 to 12 at each reset."""
+    plain = linear(12)
+
+    def reset(key):
+        return plain.reset(key) | {"T": jax.random.randint(key, (), 6, 13)}
+
+    def step(theta, particle, key):
+        moved, loss, _, diverged = plain.step(theta, particle, key)
+        return moved | {"T": particle["T"]}, loss, moved["t"] >= particle["T"], diverged
+
+    return Inner(reset, step, plain.theta_axes | {"T": None}, 6, 12)
+
+
+def rescored(inner: Inner, score) -> Inner:
+    """With `score(loss, particle)` for a meta-loss, the particle being that before the step."""
+
+    def step(theta, particle, key):
+        moved, loss, done, diverged = inner.step(theta, particle, key)
+        return moved, score(loss, particle), done, diverged
+
+    return inner._replace(step=step)
+
+
 def closed_form(horizon: int, truncation: int | None = None) -> np.ndarray:
     """Gradient of the mean meta-loss of a step; with a truncation, without what came before each step's window."""
     truncation = truncation or horizon
@@ -204,13 +228,7 @@ def test_one_window_an_episode_makes_them_the_same():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_constant_loss_gives_exactly_zero(name):
-    inner = linear(12)
-
-    def step(theta, particle, key):
-        particle, _, done, diverged = inner.step(theta, particle, key)
-        return particle, jnp.ones(()), done, diverged
-
-    estimator = make(name, inner._replace(step=step), 5, particles=8)
+    estimator = make(name, rescored(linear(12), lambda loss, particle: jnp.ones(())), 5, particles=8)
     estimate_ = jax.jit(estimator.estimate)
     state = estimator.init(jax.random.key(0), THETA)
     for k in range(6):
@@ -246,17 +264,7 @@ def test_eight_devices_estimate_what_one_does(name):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_inner_steps_are_counted_as_they_are_done(name):
     """Where horizons vary: in whole episodes those until each one's horizon, and no upper bound."""
-    plain = linear(12)
-
-    def reset(key):
-        return plain.reset(key) | {"T": jax.random.randint(key, (), 6, 13)}
-
-    def step(theta, particle, key):
-        moved, _, _, diverged = plain.step(theta, particle, key)
-        horizon = particle["T"]  # its own meta-loss, so that the estimate tells what was drawn
-        return moved | {"T": horizon}, 1.0 * horizon, moved["t"] >= horizon, diverged
-
-    inner = Inner(reset, step, plain.theta_axes | {"T": None}, 6, 12)
+    inner = rescored(varied(), lambda loss, particle: 1.0 * particle["T"])  # so that the estimate tells what was drawn
     estimator = make(name, inner, 5, particles=8)
     estimate, _ = jax.jit(estimator.estimate)(jax.random.key(1), THETA, estimator.init(jax.random.key(0), THETA))
     if name not in WHOLE_EPISODES:
@@ -265,20 +273,6 @@ def test_inner_steps_are_counted_as_they_are_done(name):
     copies = estimator.inner_steps // (8 * 12)
     np.testing.assert_allclose(int(estimate.steps), copies * 8 * float(estimate.loss), rtol=1e-6)
     assert int(estimate.steps) < estimator.inner_steps
-
-
-def varied() -> Inner:
-    """`linear` with horizons drawn from 6 to 12 at each reset."""
-    plain = linear(12)
-
-    def reset(key):
-        return plain.reset(key) | {"T": jax.random.randint(key, (), 6, 13)}
-
-    def step(theta, particle, key):
-        moved, loss, _, diverged = plain.step(theta, particle, key)
-        return moved | {"T": particle["T"]}, loss, moved["t"] >= particle["T"], diverged
-
-    return Inner(reset, step, plain.theta_axes | {"T": None}, 6, 12)
 
 
 def varied_form(steps: int) -> np.ndarray:
@@ -323,16 +317,30 @@ def test_each_step_draws_anew(name):
 
 
 @pytest.mark.parametrize("name", ES)
+def test_a_part_without_std_stands_still(name):
+    """And has no gradient, where the others have theirs."""
+    plain = linear(7)
+
+    def step(theta, particle, key):
+        moved, loss, done, diverged = plain.step(theta["moves"], particle, key)
+        return moved, loss + 1e6 * jnp.abs(theta["stands"] - 0.25), done, diverged
+
+    inner, theta = plain._replace(step=step), {"moves": THETA, "stands": jnp.float32(0.25)}
+    estimator = make(name, inner, 5, particles=8, std={"moves": 0.1, "stands": 0.0})
+    found, _ = jax.jit(estimator.estimate)(jax.random.key(1), theta, estimator.init(jax.random.key(0), theta))
+    assert found.loss < 1e3
+    assert found.grad["stands"] == 0
+    alone = make(name, plain, 5, particles=8, std=0.1)
+    expected, _ = jax.jit(alone.estimate)(jax.random.key(1), THETA, alone.init(jax.random.key(0), THETA))
+    assert np.isfinite(found.grad["moves"]).all()
+    assert np.abs(found.grad["moves"]).max() < 10 * np.abs(expected.grad).max()
+
+
+@pytest.mark.parametrize("name", ES)
 def test_with_signs_the_size_of_losses_does_not_matter(name):
     """Nor that of losses after a reset inside the window."""
-    inner = linear(7)
-
-    def larger(theta, particle, key):
-        moved, loss, done, diverged = inner.step(theta, particle, key)
-        return moved, 1024 * loss, done, diverged
-
     found = []
-    for one in (inner, inner._replace(step=larger)):
+    for one in (linear(7), rescored(linear(7), lambda loss, particle: 1024 * loss)):
         estimator = make(name, one, 5, particles=8, sign=0.7)
         state, grads = estimator.init(jax.random.key(0), THETA), []
         for k in range(3):

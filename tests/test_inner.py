@@ -116,7 +116,9 @@ def test_losses_are_normalised():
     losses, *_ = episode(loss_limit=100.0)
     over, *_ = episode(loss_limit=100.0, normalise="reference", reference_loss=0.25)
     np.testing.assert_allclose(over, losses / 0.25, rtol=1e-5)
-    # Limited after normalising.
+    # Limited after normalising, and not before.
+    under, *_ = episode(loss_limit=0.5 * float(losses.max()), normalise="reference", reference_loss=10.0)
+    np.testing.assert_allclose(under, losses / 10.0, rtol=1e-5)
     over, _, _, first = episode(loss_limit=0.9, normalise="init")
     np.testing.assert_allclose(over, np.minimum(losses / first.scale, 0.9), rtol=1e-5)
     assert (over < 0.9).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 
 import lopt
@@ -103,6 +105,10 @@ def failure(capsys, *arguments: str) -> str:
         (["quickstart", "--horizon.high", "99999999999"], "high = 99999999999; valid: low <= high < 2^31"),
         (["quickstart", "--name", "../../escape"], "name, got '../../escape'"),
         (["resume", "no-such-folder"], "not a run directory"),
+        (
+            ["resume", str(ROOT / "checkpoints/lopt-base")],
+            "checkpoints/lopt-base is an artifact and not a run directory",
+        ),
         (["resume"], "lopt-train resume: "),
         (["export", "no-such-folder"], "not a run directory"),
     ],
@@ -165,6 +171,26 @@ def test_help_needs_no_jax(arguments):
     assert run.returncode == 0, run.stderr
     assert "quickstart" in run.stdout or "usage" in run.stdout
     assert time.monotonic() - began < 5  # under a second on an idle machine; this one runs tests beside it
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    """Also where the disk is full in the middle of a checkpoint, which TensorStore says in its own way."""
+    monkeypatch.chdir(tmp_path)
+
+    def full(*args, **settings):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    words = ["quickstart", *SMALL, *QUICK, "--out", "run"]
+    assert launch.main(words) == 2
+    assert "run/checkpoints: No space left on device; valid: a folder that can be written" in capsys.readouterr().err
+
+    def read_only(*args):
+        raise OSError(errno.EROFS, "Read-only file system", "other/config.json")
+
+    monkeypatch.setattr(launch, "_write_config", read_only)
+    assert launch.main([*words[:-1], "other"]) == 2
+    assert "lopt-train: other/config.json: Read-only file system; valid: a folder" in capsys.readouterr().err
 
 
 OWN = """

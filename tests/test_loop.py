@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import lopt
 import tasks
 from lopt import rules
 from meta_train import launch, loop
 from meta_train import program as program_module
-from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run
+from meta_train.config import Estimator, Group, Horizon, MetaOptimizer, Run, Stage
 from meta_train.estimators import REGISTRY
 
 SMALL = Run(
@@ -75,6 +77,26 @@ def meta_gradient(state: loop.State) -> np.ndarray:
 
 def is_trace(x) -> bool:
     return isinstance(x, optax.TraceState)
+
+
+def test_the_meta_optimizer_is_told_the_meta_loss(monkeypatch):
+    """The mean over groups by weight; some of optax's optimizers set their step by it."""
+
+    def by_value(learning_rate):
+        def update(updates, state, params=None, *, value, **extra):
+            return jax.tree.map(lambda u: value * jnp.ones_like(u), updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+    monkeypatch.setattr(program_module.meta_optimizer, "optimizers", lambda: {"by_value": by_value})
+    groups = (QUICK.groups[0], dataclasses.replace(QUICK.groups[0], weight=3.0))
+    program = loop.build(dataclasses.replace(QUICK, groups=groups, meta_optimizer=MetaOptimizer("by_value", clip=0.0)))
+    before = [np.array(x) for x in jax.tree.leaves(program.init().theta)]
+    state, found = program.meta_step(program.data, program.init())
+    assert found["meta_loss"] == pytest.approx(0.25 * found["meta_loss/0"] + 0.75 * found["meta_loss/1"])
+    assert found["meta_loss/0"] != found["meta_loss/1"]
+    for old, new in zip(before, jax.tree.leaves(state.theta), strict=True):
+        np.testing.assert_allclose(new - old, found["meta_loss"], rtol=1e-4)
 
 
 def test_each_meta_step_and_each_group_draws_anew():
@@ -322,6 +344,64 @@ def test_metrics_are_cut_back(tmp_path):
     assert loop.read_metrics(tmp_path) == [{"step": 1, "x": 1}, {"step": 2, "x": 5.0}]
 
 
+def test_lines_of_the_record_that_are_lost_are_told(tmp_path):
+    """Damaged in its middle, or deleted beside good checkpoints; what is left is kept."""
+    run = dataclasses.replace(QUICK, meta_steps=6, log_every=1, checkpoint_every=3)
+    program, told = loop.build(run), []
+    loop.train(run, program, tmp_path, told.append)
+    assert not told
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1:4] = ['{"step": null}', "abc", lines[3][:30]]
+    path.write_text("\n".join(lines) + "\n")
+    loop.train(run, program, tmp_path, told.append)
+    assert told[-1] == "metrics.jsonl: 3 lines up to meta-step 6 are missing or damaged, the first of 2"
+    assert [line["step"] for line in loop.read_metrics(tmp_path)] == [1, 5, 6]
+
+
+def test_other_data_of_the_same_shapes_are_told(tmp_path):
+    """Of a task of one's own, whose module may have changed since."""
+    run = dataclasses.replace(QUICK, meta_steps=2, checkpoint_every=2)
+    program, told = loop.build(run), []
+    loop.train(run, program, tmp_path, told.append)
+    loop.train(run, program, tmp_path, told.append)
+    assert told == ["resuming at meta-step 2 of 2"]
+    groups = (Group("tabular_mlp", {"hidden": [], "batch_size": 8, "data": "wine"}),)
+    other = loop.build(dataclasses.replace(QUICK, groups=groups)).digest
+    assert other != program.digest
+    loop.train(run, program._replace(digest=other), tmp_path, told.append)
+    assert f"{program.digest} and goes on on {program.layout}, {other}: no longer bit for bit the same run" in told[1]
+
+
+def test_a_line_sums_what_is_counted_and_averages_the_rest():
+    names = ("inner_steps", "diverged/0", "resets", "meta_loss", "grad_norm", "skipped")
+    window = [dict(zip(names, values, strict=True)) for values in ((100, 1, 2, 0.5, 4, 3), (60, 0, 1, 1.5, 2, 5))]
+    assert loop._summary(window) == dict(zip(names, (160, 1, 3, 1.0, 3.0, 5), strict=True))
+
+
+def test_compiling_is_no_part_of_the_speed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    meter, metrics = loop.Meter(), {"inner_steps": np.float32(100)}
+    with meter.compiling():
+        clock[0] += 60
+        meter.add(metrics)
+    for _ in range(2):
+        clock[0] += 2
+        meter.add(metrics)
+    window, speed = meter.window()
+    assert (len(window), speed) == (3, 50)
+    with meter.paused():
+        clock[0] += 100
+    meter.add(metrics)
+    clock[0] += 4
+    assert meter.window()[1] == 25
+    with meter.compiling():  # of a line of its own: there is nothing else to tell
+        clock[0] += 5
+        meter.add(metrics)
+    assert meter.window()[1] == 20
+
+
 def test_the_meta_loss_falls():
     """Meta-training works at all: from a rule whose steps are thirty times too long."""
     run = dataclasses.replace(
@@ -349,6 +429,26 @@ def test_frozen_parts_stand_still():
         loop.build(dataclasses.replace(SMALL, freeze=("mpl",)))
 
 
+@pytest.mark.parametrize("name", ["pes", "nres", "truncated_backprop"])
+def test_frozen_parts_are_no_noise_in_the_gradient_of_the_rest(name):
+    """They are not perturbed, and the norm that is reported is that of what moves theta."""
+    parts = {} if name == "truncated_backprop" else {"log": 0.5}
+    estimator = Estimator(name, pairs=8, truncation=4, std_parts=parts)
+    settings = {"lstm_hidden": 2}
+    run = dataclasses.replace(QUICK, rule_settings=settings, freeze=("clock",), meta_optimizer=MOMENTUM)
+    run = dataclasses.replace(run, estimator=estimator)
+    program = loop.build(run)
+    state, metrics = program.meta_step(program.data, program.init())
+    gradient = meta_gradient(state)
+    assert gradient.shape == state.theta.log.shape
+    assert np.linalg.norm(gradient) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    if parts:
+        noise = state.estimators[0].xi if name == "pes" else state.estimators[0].eps
+        perturbed = jax.vmap(ravel_pytree(state.theta)[1])(noise)
+        assert not any(np.any(x) for x in jax.tree.leaves(perturbed.clock))
+        assert np.abs(perturbed.log).max() > 0.5
+
+
 def test_the_average_of_theta_is_what_is_exported():
     run = dataclasses.replace(SMALL, meta_optimizer=MetaOptimizer(warmup=0, ema=0.5))
     program = loop.build(run)
@@ -362,9 +462,15 @@ def test_the_average_of_theta_is_what_is_exported():
     assert loop.build(SMALL).init().exported is not None
 
 
+def test_a_run_changes_its_stage_at_the_meta_step_it_says(tmp_path):
+    run = dataclasses.replace(QUICK, stages=(Stage(2, 8, 12, 8),), meta_steps=4, log_every=1)
+    loop.train(run, loop.build(run), tmp_path, print)
+    assert [line["inner_steps"] for line in loop.read_metrics(tmp_path)] == [32, 32, 64, 64]
+
+
 def test_stages_follow_each_other():
     stages = (program_module.Stage(0, "a", 1), program_module.Stage(5, "b", 1), program_module.Stage(9, "c", 1))
-    program = program_module.Program(None, (), None, stages, None, None, None, "", (), None)
+    program = program_module.Program(None, (), None, stages, None, None, None, "", None)
     assert [program.at(step).meta_step for step in (0, 4, 5, 8, 9, 99)] == ["a", "a", "b", "b", "c", "c"]
     assert program._replace(stages=stages[::-1]).at(6).meta_step == "b"
 

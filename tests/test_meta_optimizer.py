@@ -48,10 +48,15 @@ def test_clips():
     close(updates(clip_norm=norm / 2, clip=1.0)[0], [-0.1, -0.025], 0.1)  # the norm first
     close(updates(clip_step=0.1)[0], [-0.1, -0.05], 0.1)
     close(updates(clip_step_norm=0.1)[0], [-0.3 / norm, -0.05 / norm], 0.4 / norm)
+    close(updates(clip_step_norm=norm / 20, clip_step=0.1)[0], [-0.1, -0.025], 0.1)  # here too
 
 
 def test_weight_decay_is_decoupled_and_spares_what_is_frozen():
     close(updates(weight_decay=0.5)[0], [-0.3 - 0.05, -0.05 + 0.1], 0.4 - 0.15)
+    still = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+    first, second = updates([still, still], weight_decay=0.5, schedule="linear", final_lr=0.0, meta_steps=2)
+    close(first, [-0.05, 0.1], -0.15)  # and follows the schedule: half the rate, of what the first has left
+    close(second, [-0.025 * 0.95, 0.05 * 0.95], -0.075 * 0.95)
     frozen = updates(GRADS, weight_decay=0.5, settings={"momentum": 0.9}, freeze=("a",))
     for u in frozen:
         assert not np.any(u["a"])

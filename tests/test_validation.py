@@ -85,6 +85,20 @@ def trained(tmp_path_factory):
     return out
 
 
+def test_what_would_be_exported_is_judged_on_validation_batches():
+    """The average of theta where there is one, whatever batches the run's own meta-loss is on."""
+    averaged = dataclasses.replace(RUN, meta_optimizer=dataclasses.replace(RUN.meta_optimizer, ema=0.5))
+    scores = []
+    for run in (averaged, dataclasses.replace(averaged, meta_loss="validation")):
+        program = loop.build(run)
+        other = jax.tree.map(lambda x: x + 0.3, program.init().theta)
+        for change in ({}, {"theta": other}, {"ema": other}):
+            scores.append(float(program.validate(program.init()._replace(**change))[1]["validation"]))
+    as_it_was, theta_moved, ema_moved = scores[:3]
+    assert as_it_was == theta_moved != ema_moved
+    assert scores[3:] == scores[:3]
+
+
 def test_it_does_not_change_meta_training(trained):
     (_, with_it), (_, without) = trained
     assert digest(with_it._replace(best=())) == digest(without)

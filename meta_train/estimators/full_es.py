@@ -51,7 +51,8 @@ def full_es(inner: Inner, *, pairs: int = 8, std: Any = 0.01, sign: float = 0.0)
         seen = unroll.episode(inner, unroll.antithetic(theta, eps), particles, step_keys, score=unroll.difference)
         grad = unroll.gradient(unroll.signed(seen.score, sign), eps, scale)
         ended = jnp.full((), len(state.index), jnp.int32)
-        counts = seen.diverged.sum(), ended, seen.updates, unroll.untold(seen.diverged, seen.score)
+        lost = unroll.untold(seen.diverged, seen.score).sum(dtype=jnp.int32)
+        counts = seen.diverged.sum(), ended, seen.updates, lost
         return Estimate(ravel_pytree(theta)[1](grad), seen.loss, *counts), state
 
     return Estimator(init, estimate, 2 * pairs * inner.longest)

@@ -46,7 +46,7 @@ def gradient(
       std: of the noise, () or [P].
     """
     weighted = before[:, None] * eps + after[:, None] * renewed
-    return weighted.mean(0) / (2 * std**2)
+    return unroll.mean_of_pairs(weighted, std)
 
 
 def next_noise(

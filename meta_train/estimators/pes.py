@@ -42,7 +42,7 @@ def gradient(
       std: of the noise, () or [P].
     """
     weighted = before[:, None] * (xi + eps) + after[:, None] * eps
-    return weighted.mean(0) / (2 * std**2)
+    return unroll.mean_of_pairs(weighted, std)
 
 
 def next_noise(

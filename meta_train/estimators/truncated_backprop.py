@@ -63,8 +63,8 @@ def truncated_backprop(inner: Inner, *, particles: int = 8, truncation: int = 50
             """The same by one product of all particles, unless a gradient that is not finite is among them."""
             total, seen = gradient(theta, start, fresh, shared=True)
             mean = jax.tree.map(lambda g: g / len(state.index), total)
-            # Of the sum alone nobody can tell whose part is 0, unless all are.
-            lost = jnp.where(unroll.nothing(mean), jnp.sum(seen.diverged > 0, dtype=jnp.int32), 0)
+            # Of the sum nobody can tell whose part is 0, unless all are.
+            lost = unroll.untold(seen.diverged, jax.tree.map(lambda g: g[None], mean)).sum(dtype=jnp.int32)
             return *jax.lax.cond(unroll.finite(mean), lambda: (mean, lost), lambda: each()[:2]), seen
 
         grad, lost, seen = each() if inner.features is None else together()

@@ -52,7 +52,14 @@ def difference(loss: Float[Array, "N 2"]) -> Float[Array, " N"]:
 
 def gradient(delta: Float[Array, " N"], eps: Float[Array, "N P"], std: Any) -> Float[Array, " P"]:
     """Mean over pairs of the antithetic estimate; `delta` is L(+) - L(-), `std` () or [P]."""
-    return (delta[:, None] * eps).mean(0) / (2 * std**2)
+    return mean_of_pairs(delta[:, None] * eps, std)
+
+
+def mean_of_pairs(weighted: Float[Array, "N P"], std: Any) -> Float[Array, " P"]:
+    """The mean over pairs of their differences times noise, over 2 std²; 0 where nothing is perturbed."""
+    if isinstance(std, (int, float)):
+        return weighted.mean(0) / (2 * std**2)
+    return jnp.where(std > 0, weighted.mean(0) / jnp.where(std > 0, 2 * std**2, 1.0), 0.0)
 
 
 def signed(delta: Float[Array, " N"], size: float) -> Float[Array, " N"]:
@@ -105,41 +112,39 @@ def finite(tree: Any) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def nothing(tree: Any) -> Bool[Array, ""]:
-    """Whether every element of all arrays is 0."""
-    return jnp.stack([(x == 0).all() for x in jax.tree.leaves(tree)]).all()
+def of_each(holds: Callable[[jax.Array], jax.Array], tree: Any) -> Bool[Array, " N"]:
+    """For which particles it holds of all elements of all arrays [N, ...]."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.stack([holds(x).all(axis=tuple(range(1, x.ndim))) for x in leaves]).all(axis=0)
 
 
 def finite_mean(grads: Any, diverged: Int[Array, " N"]) -> tuple[Any, Int[Array, ""]]:
     """Mean over the particles of gradients [N, 1, ...], and the number of those that have none and count as 0.
 
-    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step. Nor does one have a
-    gradient that diverged before theta made a difference, and whose losses are the limit. Where none is left the mean
-    is 0 and no gradient; only whoever knows of all devices' particles can tell, by `Estimate.lost`.
+    Chaotic trajectories overflow in reverse: one of them must not cost all the others a meta-step. Where none is left
+    the mean is 0 and no gradient; only whoever knows of all devices' particles can tell, by `Estimate.lost`.
     """
-
-    def each(holds: Callable[[Any], Any]) -> Bool[Array, " N"]:
-        """Of which particles it holds for all elements."""
-        return jnp.stack([holds(g).all(axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]).all(axis=0)
-
-    finite = each(jnp.isfinite)
+    finite = of_each(jnp.isfinite, grads)
     kept = _select(finite, grads, jax.tree.map(jnp.zeros_like, grads))
-    untold = (diverged > 0) & each(lambda g: g == 0)
-    return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(~finite | untold, dtype=jnp.int32)
+    lost = ~finite | untold(diverged, grads)
+    return jax.tree.map(lambda g: g[:, 0].mean(0), kept), jnp.sum(lost, dtype=jnp.int32)
 
 
-def untold(diverged: Int[Array, " N"], *scores: Float[Array, " N"]) -> Int[Array, ""]:
-    """Number of pairs that diverged and whose copies never differed: their losses are the limit, their gradient 0.
+def untold(diverged: Int[Array, " N"], told: Any) -> Bool[Array, " N"]:
+    """Which particles diverged before theta made a difference: their losses are the limit, their gradient is 0.
 
-    Where all pairs are like this the mean is 0, finite and no gradient, see `Estimate.lost`.
+    Where all are like this the mean is 0, finite and no gradient, see `Estimate.lost`.
+
+    Args:
+      diverged: how often a particle did.
+      told: arrays [N, ...] of what they say of theta, differences between copies or gradients.
     """
-    same = jnp.stack([score == 0 for score in scores]).all(axis=0)
-    return jnp.sum(same & (diverged > 0), dtype=jnp.int32)
+    return (diverged > 0) & of_each(lambda x: x == 0, told)
 
 
 def estimate(theta: Any, grad: Float[Array, " P"], seen: Window) -> Estimate:
     """What pairs of perturbed copies say after a window, given their gradient."""
-    lost = untold(seen.diverged, seen.before, seen.after)
+    lost = untold(seen.diverged, (seen.before, seen.after)).sum(dtype=jnp.int32)
     return Estimate(ravel_pytree(theta)[1](grad), seen.loss, seen.diverged.sum(), seen.resets, seen.updates, lost)
 
 
@@ -285,8 +290,9 @@ def require(where: str, **settings: tuple[Any, bool, str]) -> None:
 
 
 def positive(where: str, name: str, std: Any) -> None:
-    """Raise ValueError unless a std, or each of a tree of them, is positive."""
-    require(where, **{name: (std, all(s > 0 for s in jax.tree.leaves(std)), "> 0")})
+    """Raise ValueError unless a std is positive, or of a tree of them some are and the others 0: not perturbed."""
+    each = jax.tree.leaves(std)
+    require(where, **{name: (std, min(each) >= 0 < max(each), "> 0, or in a tree of them also 0 for some")})
 
 
 def fits(where: str, inner: Inner, truncation: int) -> None:
