@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from lopt.pretrained import named_leaves
+from meta_train.config import sha256
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and what we report ourselves
 
@@ -44,14 +44,23 @@ def digest(tree: Any) -> str:
 class Checkpoints:
     """The steps of a run directory: the latest two and the best by meta-loss are kept."""
 
-    def __init__(self, directory: Path, identity: str, layout: str | None = None, beside: Any = None):
+    def __init__(
+        self,
+        directory: Path,
+        identity: str,
+        *,
+        layout: str | None = None,
+        data: str | None = None,
+        beside: Any = None,
+    ):
         """Open a folder of steps, which is made if need be.
 
         Args:
           directory: of the steps.
           identity: what the state belongs to (a digest of the config); another one's steps are refused.
-          layout: in words, the devices that it lies on and the data that are there; another one's steps are restored,
-            and the difference is told. None where nothing goes on from them.
+          layout: in words, the devices that it lies on; another one's steps are restored, and the difference is told.
+            None where nothing goes on from them.
+          data: in words, the data that are there; as for `layout`.
           beside: shapes, by name, of what else makes the run and is not in its config, such as the batches of a task
             that is the user's own; steps of other ones are refused. None: it does not matter.
         """
@@ -70,16 +79,17 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._directory, self._newest = directory, -1
-        self._identity, self._layout, self._beside = identity, layout, beside
+        self._identity, self._beside = identity, beside
+        self._told = {"layout": layout, "data": data}
 
     def save(self, step: int, tree: Any, loss: float) -> None:
         """Begin to save; the step counts once `close` or a later `save` returns."""
         tree = _numpy(tree)
         shapes = {"leaves": leaves(tree), "beside": leaves(self._beside)}
-        belongs = {"step": step, "identity": self._identity, "layout": self._layout, **shapes}
+        belongs = {"step": step, "identity": self._identity, **self._told, **shapes}
         seal = {"arrays": digest(tree), "belongs": belongs}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({**seal, "sha256": _sha256(seal)})
+            state=ocp.args.StandardSave(_by_number(tree)), seal=ocp.args.JsonSave({**seal, "sha256": sha256(seal)})
         )
         with self._written():
             self._manager.save(step, args=items, metrics={"loss": loss}, force=True)  # waits for the one before
@@ -119,11 +129,11 @@ class Checkpoints:
                     f"checkpoint {step} {other}; valid: what it was saved with, or a new run (with init_from= to start "
                     "at this one's weights)."
                 )
-            if self._layout is not None and belongs["layout"] != self._layout:
-                skipped.append(
-                    f"checkpoint {step} was made on {belongs['layout']} and goes on on {self._layout}: no longer "
-                    "bit for bit the same run"
-                )
+            differs = [(belongs[name], now) for name, now in self._told.items() if now not in (None, belongs[name])]
+            skipped += [
+                f"checkpoint {step} was made on {was} and goes on on {now}: no longer bit for bit the same run"
+                for was, now in differs
+            ]
             return step, tree, skipped
         if skipped:
             raise ValueError(
@@ -169,18 +179,18 @@ class Checkpoints:
     def _seal(self, step: int) -> dict[str, Any]:
         """What a step says of itself. Raises whatever a damaged file raises."""
         seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
-        if _sha256({name: seal[name] for name in ("arrays", "belongs")}) != seal["sha256"]:
+        if sha256({name: seal[name] for name in ("arrays", "belongs")}) != seal["sha256"]:
             raise OSError("its seal is not what was saved")
         if seal["belongs"]["step"] != step:
             raise OSError(f"it was saved as {seal['belongs']['step']}")
         return seal
 
-    def _arrays(self, step: int, shapes: Any, sha256: str) -> Any:
+    def _arrays(self, step: int, shapes: Any, saved: str) -> Any:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(_by_number(shapes)))
         kept = self._manager.restore(step, args=items)["state"]
         found = [kept[_name(i)] if x.size else x for i, x in enumerate(jax.tree.leaves(shapes))]
         tree = jax.tree.unflatten(jax.tree.structure(shapes), found)
-        if digest(tree) != sha256:
+        if digest(tree) != saved:
             raise OSError("its sha256 differs from what was saved")
         return tree
 
@@ -201,10 +211,6 @@ class Checkpoints:
 def leaves(tree: Any) -> list[str] | None:
     """Path, dtype and shape of each leaf; None of None."""
     return None if tree is None else [f"{name} {x.dtype}{list(x.shape)}" for name, x in named_leaves(tree).items()]
-
-
-def _sha256(seal: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def _numpy(tree: Any) -> Any:

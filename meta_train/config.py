@@ -63,6 +63,11 @@ Settings = Annotated[
 ]
 
 
+def sha256(tree: Any) -> str:
+    """Of a JSON tree, in hex."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 def require(ok: bool, where: str, got: Any, valid: str) -> None:
     if not ok:
         raise ValueError(f"{where}, got {got}; valid: {valid}.")
@@ -292,7 +297,7 @@ class Run:
         """sha256 of all that changes the result: checkpoints of another identity are refused."""
         tree = {k: v for k, v in self.to_json().items() if k not in NO_RESULT}
         tree["groups"] = [{k: v for k, v in group.items() if k != "processes"} for group in tree["groups"]]
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        return sha256(tree)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Run:

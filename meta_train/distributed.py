@@ -139,7 +139,8 @@ def refuse_others(sha256: str) -> None:
     import numpy as np
 
     mine = np.frombuffer(bytes.fromhex(sha256), np.uint8).astype(np.int32)
-    others = [i for i, one in enumerate(each(mine)) if not np.array_equal(one, agree(mine))]
+    told = each(mine)
+    others = [i for i, one in enumerate(told) if not np.array_equal(one, told[0])]
     if others:
         raise ValueError(
             f"lopt-train --distributed: the config of process {others[0]} is not that of process 0; valid: the same "

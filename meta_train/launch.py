@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import io
 import itertools
 import json
@@ -265,7 +264,7 @@ def _same_everywhere(run: cfg.Run) -> None:
     """Raise ValueError in every process if one of them was given another run: their collectives would not meet."""
     from meta_train import distributed
 
-    distributed.refuse_others(hashlib.sha256(json.dumps(run.to_json(), sort_keys=True).encode()).hexdigest())
+    distributed.refuse_others(cfg.sha256(run.to_json()))
 
 
 def _suites(option: str) -> dict[str, Any]:
@@ -374,7 +373,7 @@ def _read_run(directory: str) -> tuple[Path, Any]:
         tree = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"lopt-train: {directory} is not a run directory: {path}: {e}.") from None
-    if "format_version" in tree:
+    if isinstance(tree, dict) and "format_version" in tree:
         raise ValueError(f"lopt-train: {directory} is an artifact and not a run directory; lopt.load reads it.")
     try:
         return folder, cfg.from_json(tree)

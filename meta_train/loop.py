@@ -50,7 +50,9 @@ AHEAD = 4
 class Meter:
     """What meta-steps measured since the last line, and how fast they were."""
 
-    def __init__(self):
+    def __init__(self, work: Callable[[dict[str, Any]], float]):
+        """`work`: what is counted of a meta-step, e.g. its inner steps, told by what it measured."""
+        self._work = work
         self._pending: list[dict[str, jax.Array]] = []
         self._compiled: dict[int, float] = {}  # which of them were compiled first, and seconds of that and them
         self._since = time.monotonic()
@@ -62,16 +64,16 @@ class Meter:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def window(self) -> tuple[list[dict[str, Any]], float]:
-        """What was measured, and inner steps a second; waits for the device and begins anew.
+        """What was measured, and work a second; waits for the device and begins anew.
 
         A meta-step that is compiled first says nothing about the speed, unless there is no other.
         """
         window, now = jax.device_get(self._pending), time.monotonic()
         compiled = self._compiled if len(self._compiled) < len(window) else {}
         seconds = now - self._since - sum(compiled.values())
-        steps = sum(float(m.get("inner_steps", 1)) for i, m in enumerate(window) if i not in compiled)
+        work = sum(self._work(m) for i, m in enumerate(window) if i not in compiled)
         self._pending, self._compiled, self._since = [], {}, now
-        return window, steps / max(seconds, 1e-9)
+        return window, work / max(seconds, 1e-9)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -104,8 +106,8 @@ def train(
     """
     first = distributed.first()
     begun = (folder / "checkpoints").exists() or bool(read_metrics(folder))
-    lies = f"{program.layout}, {program.digest}"
-    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), lies, program.batches) if first else None
+    kept = {"layout": program.layout, "data": program.digest, "beside": program.batches}
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), **kept) if first else None
     state, at = _restore(run, program, checkpoints, say, begun)
     log = Log(folder, after=at) if first else None
     if log and (lost := set(range(run.log_every, at + 1, run.log_every)) - log.steps):
@@ -122,7 +124,7 @@ def train(
             if log:
                 log.write({"step": 0, **_floats(scores)})
         at = begin = max(at, 0)
-        meter, stage = Meter(), None
+        meter, stage = Meter(work=lambda m: float(m["inner_steps"])), None
         while at < run.meta_steps and not came:
             if profile and at - begin == min(PROFILED[0], run.meta_steps - begin - 1):
                 jax.profiler.start_trace(str(folder / "profile"))

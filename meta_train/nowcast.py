@@ -108,7 +108,7 @@ def _train(
 ) -> tuple[training.State, int]:
     (step, losses), judge = training.meta_step(run), validator(run)
     wired = wirings(run, held)
-    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), f"{jax.device_count()} devices")
+    checkpoints = Checkpoints(folder / "checkpoints", run.identity(), layout=f"{jax.device_count()} devices")
     state = training.replicated(run, training.init(run))
     at, saved, remarks = checkpoints.restore(jax.eval_shape(lambda: state))
     for remark in remarks:
@@ -122,7 +122,7 @@ def _train(
     kept = iter(trajectories.batches(run, folder / FOLDER, held, validation=True)) if run.recording.held else None
     judged = [next(kept) for _ in range(JUDGED)] if kept else []
     stream = trajectories.batches(run, folder / FOLDER, held, first=at)
-    meter, notes = Meter(), ["", ""]
+    meter, notes = Meter(work=lambda _: 1), ["", ""]
     try:
         with progress("meta-step", run.training.steps, start=at) as report:
             while at < run.training.steps and not came:

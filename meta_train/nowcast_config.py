@@ -6,8 +6,6 @@ Nothing here imports JAX, so that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -189,7 +187,7 @@ class Nowcasting:
 
     def identity(self) -> str:
         """sha256 of all that changes the result: checkpoints of another identity are refused."""
-        return _sha256({k: v for k, v in self.to_json().items() if k not in NO_RESULT})
+        return cfg.sha256({k: v for k, v in self.to_json().items() if k not in NO_RESULT})
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Nowcasting:
@@ -203,8 +201,4 @@ def recording_identity(run: Nowcasting) -> str:
     for group in recording["groups"]:
         del group["weight"], group["heads"]
     del recording["held"]
-    return _sha256(recording | {"seed": run.seed})
-
-
-def _sha256(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return cfg.sha256(recording | {"seed": run.seed})

@@ -105,11 +105,6 @@ class Program(NamedTuple):
         """Of the first stage."""
         return self.stages[0].meta_step
 
-    @property
-    def inner_steps(self) -> int:
-        """Of the first stage."""
-        return self.stages[0].inner_steps
-
 
 def make_estimator(
     spec: cfg.Estimator, inner: Inner, template: Any, truncation: int, freeze: Sequence[str] = ()
