@@ -261,6 +261,41 @@ def test_eight_devices_estimate_what_one_does(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, state)
 
 
+@pytest.mark.parametrize("name", ["pes", "nres", "truncated_es"])
+def test_parts_estimate_what_all_do_at_once(monkeypatch, name):
+    """Particles that do not fit the cache together, with resets inside windows."""
+    inner = varied()
+    inner = inner._replace(reset=lambda key, reset=inner.reset: reset(key) | {"x": jax.random.normal(key)})
+    estimator = make(name, inner, 5, particles=12)
+
+    def three(key):
+        found, state = [], estimator.init(key, THETA)
+        for k in range(3):
+            estimate, state = jax.jit(estimator.estimate)(jax.random.fold_in(key, k), THETA, state)
+            found.append(estimate)
+        return found, state
+
+    expected = three(jax.random.key(3))
+    asked = []
+    monkeypatch.setattr(unroll, "CACHE", 0)
+    monkeypatch.setattr(unroll, "at_once", lambda *args, of=unroll.at_once: asked.append(of(*args)) or asked[-1])
+    jax.clear_caches()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), three(jax.random.key(3)), expected
+    )
+    assert asked[:2] == [4, 4]  # of twelve, and of a part
+
+
+def test_how_many_fit_a_cache(monkeypatch):
+    particles = {"x": np.zeros((24, 2, 100), np.float32), "t": np.zeros(24, np.int32)}
+    for cache, count in ((24 * 804, 24), (24 * 804 - 1, 12), (7 * 804, 6), (3 * 804, 4)):
+        monkeypatch.setattr(unroll, "CACHE", cache)
+        assert unroll.at_once(particles, 24) == count
+    assert unroll.at_once(particles, 13) == 13  # no part of it is large enough
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert unroll.at_once(particles, 24) == 24
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_inner_steps_are_counted_as_they_are_done(name):
     """Where horizons vary: in whole episodes those until each one's horizon, and no upper bound."""

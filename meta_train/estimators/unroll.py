@@ -16,6 +16,10 @@ from jax.flatten_util import ravel_pytree
 from meta_train.estimators.base import Estimate
 from meta_train.inner import Inner
 
+# On a CPU so many bytes of particles are unrolled at once, a core's cache, and at least so many particles: smaller
+# products would cost more than the cache saves.
+CACHE, AT_ONCE = 1 << 20, 4
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -197,6 +201,9 @@ def window(
 ) -> Window:
     """Unroll a window; a particle is reset when its horizon is reached or one of its copies diverges.
 
+    Particles know nothing of each other: on a CPU those that do not fit the cache together are unrolled part after
+    part, except where they are differentiated, since all that a backward pass needs is kept anyway.
+
     Args:
       inner: see `Inner`.
       thetas: [N, C, ...], or one theta that is shared.
@@ -211,6 +218,19 @@ def window(
       shared: whether there is one theta, and one copy of each particle. The particles' axis is then behind those of
         features until the end, since products with one theta want them so.
     """
+    part = len(keys) if shared or remat else at_once(particles, len(keys))
+    if part < len(keys):
+
+        def one(cut: tuple[Any, ...]) -> Window:
+            thetas, particles, fresh, keys, renewed = cut
+            return window(inner, thetas, particles, fresh, keys, steps=steps, score=score, renewed=renewed)
+
+        cut = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (thetas, particles, fresh, keys, renewed))
+        seen = jax.lax.map(one, cut)
+        totals = {"loss": seen.loss.mean(), "resets": seen.resets.sum(), "updates": seen.updates.sum()}
+        joined = seen._replace(**dict.fromkeys(totals))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), joined)._replace(**totals)
+
     step, features = (step_shared(inner), inner.features) if shared else (step_copies(inner), 0)
     particles, fresh = _moved(0, features, particles), _moved(0, features, fresh)
 
@@ -241,6 +261,15 @@ def window(
     resets = ends.sum(dtype=jnp.int32)
     updates = jnp.full((), steps * len(keys) * (1 if shared else _copies(thetas)), jnp.int32)
     return Window(particles, before, after, was_reset, ends[-1], losses.mean(), diverged, resets, updates)
+
+
+def at_once(particles: Any, count: int) -> int:
+    """How many of so many particles to unroll side by side: a divisor of their count."""
+    if jax.default_backend() != "cpu":
+        return count
+    each = sum(x.nbytes for x in jax.tree.leaves(particles)) / count
+    parts = [n for n in range(AT_ONCE, count + 1) if count % n == 0]
+    return max((n for n in parts if n * each <= CACHE), default=min(parts, default=count))
 
 
 def episode(
