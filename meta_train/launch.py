@@ -342,6 +342,11 @@ def export(args: Export) -> int:
     target = Path(args.to) if args.to else folder / "artifact"
     if args.to and target.exists():
         raise ValueError(f"lopt-train export: {target} exists; valid: a new folder.")
+    with contextlib.nullcontext() if args.to else _locked(folder):  # a run writes its artifact when it ends
+        return _export(args, run, folder, target)
+
+
+def _export(args: Export, run: Any, folder: Path, target: Path) -> int:
     if isinstance(run, Nowcasting):
         prepare_jax()
         from meta_train import nowcast
@@ -459,6 +464,15 @@ def _differs_from_start(rule, folder: Path) -> Iterator[str]:
             yield f"init_from: {name} was {theirs!r} there and is {value!r} here"
 
 
+def _shorter_warmup(run: cfg.Run) -> Iterator[str]:
+    from meta_train import meta_optimizer
+
+    spec = run.meta_optimizer
+    yield from meta_optimizer.shorter_warmup(
+        "meta_optimizer.warmup", spec.warmup, meta_optimizer.updates(spec, run.meta_steps)
+    )
+
+
 def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
     """Train, then write what a run leaves behind."""
     from meta_train import artifact, distributed, loop
@@ -478,7 +492,7 @@ def _go(run: cfg.Run, program, folder: Path, *, profile: bool = False) -> int:
         f"{run.name}: rule {run.rule} ({parameters} meta-parameters), {run.meta_steps} meta-steps of "
         f"{steps} inner steps{at_most}, run directory {folder}"
     )
-    for line in _differs_from_start(program.rule, folder):
+    for line in [*_differs_from_start(program.rule, folder), *_shorter_warmup(run)]:
         say(line)
     state, came = loop.train(run, program, folder, say, profile=profile)
     state = distributed.gather(state._replace(estimators=(), opt=()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -34,7 +34,7 @@ def make(
     Raises:
       ValueError: for an optimizer that optax does not have, a setting it does not take, or a part that is not in theta.
     """
-    schedule = _schedule(spec, max(1, meta_steps // spec.accumulate))
+    schedule = _schedule(spec, updates(spec, meta_steps))
     chain = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
     chain += [optax.clip(spec.clip)] if spec.clip else []
     chain.append(_by_name(spec, schedule))
@@ -50,6 +50,22 @@ def make(
     if spec.accumulate > 1:
         tx = optax.MultiSteps(tx, spec.accumulate).gradient_transformation()
     return optax.with_extra_args_support(tx)
+
+
+def updates(spec: cfg.MetaOptimizer, meta_steps: int) -> int:
+    """How many times a run moves theta."""
+    return max(1, meta_steps // spec.accumulate)
+
+
+def warmup(wanted: int, updates: int) -> int:
+    """A warm-up is at most all of a run's updates but the last."""
+    return min(wanted, updates - 1)
+
+
+def shorter_warmup(where: str, wanted: int, updates: int) -> Iterator[str]:
+    """What a run says of a warm-up that it has not the length for."""
+    if (got := warmup(wanted, updates)) < wanted:
+        yield f"{where} {wanted} is longer than the run: it is {got} here"
 
 
 def average(ema: Any, theta: Any, opt: Any, spec: cfg.MetaOptimizer) -> Any:
@@ -83,14 +99,14 @@ def by_part(where: str, theta: Any, values: Mapping[str, Any], default: Any) -> 
 
 def _schedule(spec: cfg.MetaOptimizer, updates: int) -> optax.Schedule:
     """Warm-up from 0 to lr, then to final_lr at the last update."""
-    warmup = min(spec.warmup, updates - 1)
-    if spec.schedule == "cosine" and warmup == 0:
+    rising = warmup(spec.warmup, updates)
+    if spec.schedule == "cosine" and rising == 0:
         return optax.cosine_decay_schedule(spec.lr, updates, spec.final_lr / spec.lr)
     if spec.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, spec.lr, warmup, updates, spec.final_lr)
+        return optax.warmup_cosine_decay_schedule(0.0, spec.lr, rising, updates, spec.final_lr)
     end = spec.final_lr if spec.schedule == "linear" else spec.lr
-    rest = optax.linear_schedule(spec.lr, end, updates - warmup)
-    return optax.join_schedules([optax.linear_schedule(0.0, spec.lr, warmup), rest], [warmup]) if warmup else rest
+    rest = optax.linear_schedule(spec.lr, end, updates - rising)
+    return optax.join_schedules([optax.linear_schedule(0.0, spec.lr, rising), rest], [rising]) if rising else rest
 
 
 OTHER_POINTS, NO_RATE, SCALARS = "the loss at other points", "no learning rate", "no scalars, which theta has"

@@ -24,6 +24,7 @@ from meta_train import nowcast_training as training
 from meta_train import trajectories
 from meta_train.checkpoint import Checkpoints
 from meta_train.loop import Meter, stop_requests, too_many
+from meta_train.meta_optimizer import shorter_warmup
 from meta_train.nowcast_config import Nowcasting
 from meta_train.nowcast_validation import validator
 from meta_train.record import Log, read_metrics
@@ -285,6 +286,8 @@ def go(run: Nowcasting, folder: Path, say: Callable[[str], None] = _say) -> int:
     """Train in a run directory, then write what a run leaves behind; the exit code."""
     began = time.monotonic()
     say(f"{run.name}: {', '.join(run.networks)}, {run.training.steps} meta-steps, run directory {folder}")
+    for line in shorter_warmup("training.warmup", run.training.warmup, run.training.steps):
+        say(line)
     state, came = train(run, folder, say)
     if came or state is None:
         say(f"stopped and saved; go on with: lopt-train resume {folder}")

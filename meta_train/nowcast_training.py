@@ -17,6 +17,7 @@ from lopt.console import compiler_options
 from lopt.nowcast import network as N
 from lopt.nowcast import predict, wrapper
 from lopt.nowcast.modules import floating
+from meta_train.meta_optimizer import warmup
 from meta_train.nowcast_config import Nowcasting
 from meta_train.trajectories import mesh_over
 
@@ -195,8 +196,7 @@ def loss(
 def optimizer(run: Nowcasting) -> optax.GradientTransformation:
     """AdamW under a cosine, of a gradient whose norm is clipped."""
     on = run.training
-    warmup = min(on.warmup, on.steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(0.0, on.lr, warmup, on.steps, on.final_lr)
+    rate = optax.warmup_cosine_decay_schedule(0.0, on.lr, warmup(on.warmup, on.steps), on.steps, on.final_lr)
     return optax.chain(optax.clip_by_global_norm(on.clip), optax.adamw(rate, weight_decay=on.weight_decay))
 
 

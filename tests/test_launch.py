@@ -395,7 +395,9 @@ def test_a_run_carries_what_it_started_at(capsys, tmp_path, monkeypatch):
     assert launch.main(["quickstart", *SMALL, *QUICK, "--out", "first"]) == 0
     again = ["--rule-settings", '{"lr0": 0.5}', "--init-from", "first"]
     assert launch.main(["quickstart", *SMALL, *again, *QUICK, "--out", "second"]) == 0
-    assert "init_from: lr0 was 0.001 there and is 0.5 here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "init_from: lr0 was 0.001 there and is 0.5 here" in said
+    assert "meta_optimizer.warmup 100 is longer than the run: it is 0 here" in said
     shutil.rmtree("first")
     assert launch.main(["resume", "second"]) == 0
     assert launch.main(["export", "second", "--to", "exported"]) == 0
